@@ -1,0 +1,58 @@
+"""Reductions over tensors on several devices: each device reduces its own, and the numbers meet on one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from optwatch.statistics import Reducer
+
+
+class DeviceReducers(Reducer):
+    """A `Reducer` whose tensors may be on any of several devices. Results are on ``device``.
+
+    Only results travel between devices: a few numbers a tensor, without waiting. Not for `Reducer.changes`.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], compiled: bool = False) -> None:
+        # On an accelerator: a copy from there to the host would have to be waited for, the other way it has not.
+        device = next((device for device in devices if device.type != "cpu"), devices[0])
+        super().__init__(device, compiled)
+        self._each = {one: Reducer(one, compiled) for one in devices}
+
+    def square_sums(self, tensors: Iterable[Tensor]) -> Tensor:
+        """See `Reducer.square_sums`."""
+        listed = list(tensors)
+        return self._joined(listed, {d: r.square_sums(_of(d, listed)) for d, r in self._each.items()})
+
+    def dot_products(self, lefts: Iterable[Tensor], rights: Iterable[Tensor]) -> Tensor:
+        """See `Reducer.dot_products`; both of a pair are on one device."""
+        a, b = list(lefts), list(rights)
+        return self._joined(a, {d: r.dot_products(_of(d, a), _of(d, b)) for d, r in self._each.items()})
+
+    def nonnegative(self, tensors: Iterable[Tensor], thresholds: Tensor | None) -> Tensor:
+        """See `Reducer.nonnegative`."""
+        listed = list(tensors)
+        results = {}
+        for device, reducer in self._each.items():
+            mine = [i for i, x in enumerate(listed) if x.device == device]
+            limits = torch.stack([thresholds[i] for i in mine]) if thresholds is not None and mine else None
+            results[device] = reducer.nonnegative([listed[i] for i in mine], limits)
+        return self._joined(listed, results)
+
+    def _joined(self, tensors: Sequence[Tensor], results: dict[torch.device, Tensor]) -> Tensor:
+        """The results of each device in the order of the tensors, along their last dimension."""
+        each: dict[torch.device, Iterator[Tensor]] = {
+            device: iter(result.to(self.device, self.dtype, non_blocking=True).unbind(-1))
+            for device, result in results.items()
+        }
+        shape = next(iter(results.values())).shape[:-1]
+        if not tensors:
+            return torch.zeros(*shape, 0, dtype=self.dtype, device=self.device)
+        return torch.stack([next(each[x.device]) for x in tensors], dim=-1)
+
+
+def _of(device: torch.device, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x for x in tensors if x.device == device]

@@ -1,0 +1,1 @@
+"""The optwatch server: runs, heartbeats, events and the pages people read."""

@@ -1,0 +1,104 @@
+"""Trains a tiny model for many steps with everything on, and prints now and then what the process holds.
+
+By itself a process, since resident memory is a process's. Arguments: a folder, the steps, how often to measure in them,
+and ``keep`` for a sink that never lets go of a record.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import socket
+import sys
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optwatch import Monitor, Settings, attach
+
+FLUSH_EVERY = 100
+"""Fewer steps than the ring has rows: none is dropped, however slow the host thread is."""
+LOG_EVERY = 5
+SCRAPE_EVERY = 500
+CHECKPOINT_EVERY = 2500
+SPIKE_EVERY = 5000
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Keeping:
+    """A sink that leaks."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+
+    def record(self, record: Any) -> None:
+        self.records.append(record)
+
+    def event(self, event: Any) -> None:
+        pass
+
+
+def held(monitor: Monitor) -> dict[str, Any]:
+    """What this process holds once nothing is under way: resident bytes, the interpreter's blocks of memory, and the
+    objects that its garbage collector knows, by type."""
+    assert monitor.flush(60)
+    gc.collect()
+    # Freed memory goes back to the system first: what stays is what is held, and not how the allocator cut it.
+    ctypes.CDLL(None).malloc_trim(0)
+    kinds = Counter(map(type, gc.get_objects()))
+    objects = {sys.intern(f"{kind.__module__}.{kind.__qualname__}"): count for kind, count in kinds.items()}
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+    return {"resident": resident, "blocks": sys.getallocatedblocks(), "objects": objects}
+
+
+def main() -> None:
+    folder, steps, measures = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    nobody = socket.socket()  # bound and not listening: every connection is refused
+    nobody.bind(("127.0.0.1", 0))
+    # A budget that is never exceeded: how much is read must not depend on how busy the machine is.
+    settings = Settings(
+        address="127.0.0.1", spool_directory=folder / "spool", overhead_budget=1.0, heartbeat_interval_seconds=1.0
+    )
+    server = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+    monitor = attach(optimizer, model=model, server=server, port=0, settings=settings)
+    if "keep" in sys.argv[4:]:
+        monitor.sinks.append(Keeping())
+    inputs = torch.randn(997, 1, 1)
+    data = list(zip(inputs, 2 * inputs + torch.randn(997, 1, 1), strict=True))
+    measured = []
+    for step in range(1, steps + 1):
+        x, y = data[step % len(data)]
+        loss = nn.functional.mse_loss(model(x), y)
+        if step % SPIKE_EVERY == 0:
+            loss = loss * 1000
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % LOG_EVERY == 0:
+            monitor.log(tokens=512, val_loss=2 + step % 7 / 100, batch_id=f"shard-{step // 1000}/{step}")
+        if step % FLUSH_EVERY == 0:
+            assert monitor.flush(60)
+        if step % SCRAPE_EVERY == 0:
+            urllib.request.urlopen(monitor.url).read()
+        if step % CHECKPOINT_EVERY == 0:
+            with monitor.checkpoint(folder / f"{step}.pt") as checkpoint:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint.path)
+        if step % (steps // measures) == 0:
+            measured.append(held(monitor))
+    values = monitor.snapshot()
+    monitor.detach()
+    print("RESULTS", json.dumps({"measured": measured, "values": values}))
+
+
+if __name__ == "__main__":
+    main()

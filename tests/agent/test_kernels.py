@@ -1,0 +1,135 @@
+"""The compiled kernel: exact for every number there is, alike on any number of threads, and never taken on trust."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from optwatch import kernels
+from optwatch.kernels import build
+
+
+@pytest.fixture
+def kernel() -> kernels.Kernel:
+    kernels.prepare().join()
+    found = kernels.kernel()
+    assert found is not None, "this machine has no C compiler, or the kernel does not compile"
+    return found
+
+
+def reduced(result: torch.Tensor | None) -> torch.Tensor:
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_is_read_as_torch_reads_it(dtype: torch.dtype, kernel: kernels.Kernel) -> None:
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    got = reduced(kernel.reduce("products", list(numbers.unbind()), list(torch.ones(2**16).unbind())))
+    wide = numbers.double()
+    torch.testing.assert_close(got[1], wide, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got[0], wide.square(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_result_has_the_same_bits_on_any_number_of_threads(kernel: kernels.Kernel) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(size, generator=generator) for size in (300_000, 7, 40_000, 0, 2**15, 100_001)]
+    others = [torch.randn_like(x) for x in tensors]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            kinds: tuple[kernels.Kind, ...] = ("products", "changes")
+            results.append([reduced(kernel.reduce(kind, tensors, others)) for kind in kinds])
+            results[-1].append(reduced(kernel.reduce("nonnegative", [x.square() for x in tensors])))
+    finally:
+        torch.set_num_threads(before)
+    for again in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], again, strict=True))
+
+
+def test_pairs_of_different_dtypes_and_tensors_at_odd_addresses_are_read(kernel: kernels.Kernel) -> None:
+    x, y = torch.randn(5001)[1:], torch.randn(5003).bfloat16()[3:]
+    squares, dots, others = reduced(kernel.reduce("products", [x, y], [y, x]))
+    want = (x.double() * y.double()).sum()
+    torch.testing.assert_close(dots, torch.stack([want, want]), rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(squares, others.flip(0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(4, 4).t()[1:],
+        torch.ones(3, device="meta"),
+        torch.ones(3, dtype=torch.int64),
+        torch.ones(3).to_sparse(),
+        torch.ones(3, dtype=torch.complex64),
+    ],
+    ids=["strided", "elsewhere", "integers", "sparse", "complex"],
+)
+def test_what_the_kernel_cannot_read_it_leaves_alone(tensor: torch.Tensor, kernel: kernels.Kernel) -> None:
+    assert kernels.readable([torch.ones(3)])
+    assert not kernels.readable([torch.ones(3), tensor])
+    assert kernel.reduce("products", [tensor]) is None
+
+
+def test_memory_that_was_given_back_or_is_too_short_is_not_read(kernel: kernels.Kernel) -> None:
+    freed = torch.ones(1000)
+    freed.untyped_storage().resize_(0)  # as FSDP does with the parameters of other layers
+    assert kernel.reduce("products", [freed]) is None
+    assert kernel.reduce("products", [torch.ones(10)], [torch.ones(9)]) is None
+    assert kernel.reduce("changes", [torch.ones(10), torch.ones(3)], [torch.ones(10)], [0]) is None
+    assert kernel.reduce("nonnegative", [torch.ones(10)], thresholds=torch.ones(2)) is None
+
+
+def test_a_library_is_compiled_once_and_is_the_users_alone(tmp_path: Path) -> None:
+    path = build.library(tmp_path / "cache")
+    made = path.stat()
+    assert build.library(tmp_path / "cache").stat().st_mtime_ns == made.st_mtime_ns
+    assert oct(path.parent.stat().st_mode & 0o777) == oct(made.st_mode & 0o777) == "0o700"
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o720, 0o702])
+def test_code_is_not_loaded_from_a_folder_that_others_can_write_to(mode: int, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    if mode == 0o700:
+        assert build._own_folder(shared) == shared
+        return
+    with pytest.raises(PermissionError, match=f"{shared}: .* writable by nobody else"):
+        build.library(shared)
+
+
+def test_a_library_that_does_not_work_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "reduce.c"
+    shutil.copy(build.SOURCE, source)
+    text = source.read_text()
+    assert "sums[k] += a[k] * a[k]" in text
+    source.write_text(text.replace("sums[k] += a[k] * a[k]", "sums[k] += a[k]"))  # compiles, and is wrong
+    monkeypatch.setattr(build, "SOURCE", source)
+    with pytest.raises(OSError, match="instead of"):
+        build.library(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_without_a_compiler_training_is_watched_all_the_same(tmp_path: Path) -> None:
+    program = (
+        "import torch\nfrom optwatch import Settings, attach, kernels\n"
+        "p = torch.nn.Parameter(torch.full((4,), 3.0))\noptimizer = torch.optim.SGD([p], lr=0.1)\n"
+        "monitor = attach(optimizer, port=0, settings=Settings(address='127.0.0.1'))\n"
+        "p.square().sum().backward()\noptimizer.step()\nkernels.prepare().join()\nassert kernels.kernel() is None\n"
+        "assert monitor.flush(60)\nassert monitor.snapshot()['optwatch_grad_norm{stage=\"at_step\"}'] == 12\n"
+        "assert not monitor.faults.counts\nmonitor.detach()\n"
+    )
+    environment = os.environ | {"PATH": str(tmp_path), "CC": "", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
