@@ -82,6 +82,9 @@ MODELS: dict[str, Make] = {
 }
 
 
+def nothing() -> None: ...
+
+
 @dataclass
 class Trainer:
     """One contender's copy of the model: what it calls before the step, and what it says of its own time."""
@@ -94,6 +97,7 @@ class Trainer:
     """In all so far; None where its calls are to be timed here, or cannot be."""
     timed: bool
     """Whether all it does is in `before_step`."""
+    close: Callable[[], object] = nothing
     steps: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
 
@@ -116,9 +120,6 @@ class Trainer:
                 self.own.append(read - before)
 
 
-def nothing() -> None: ...
-
-
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainer:
     return Trainer(model, optimizer, nothing, nothing, None, timed=False)
 
@@ -134,7 +135,7 @@ def optwatch(sample_every: int) -> Callable[[nn.Module, torch.optim.Optimizer], 
             seen = monitor.snapshot()
             return seen[f'{OVERHEAD}{{where="hook"}}'] + seen[f'{OVERHEAD}{{where="host"}}']
 
-        return Trainer(model, optimizer, nothing, monitor.flush, seconds, timed=False)
+        return Trainer(model, optimizer, nothing, monitor.flush, seconds, timed=False, close=monitor.detach)
 
     return make
 
@@ -177,6 +178,8 @@ def measure(make: Make, seconds: float) -> dict[str, Trainer]:
             torch.manual_seed(rounds)
             trainers[name].step(count=rounds >= WARM_UP)
         rounds += 1
+    for trainer in trainers.values():
+        trainer.close()
     return trainers
 
 

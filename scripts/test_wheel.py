@@ -14,8 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("server", "agent")
-"""Those of the server first: its longest wait for Prometheus, while others compute."""
+TESTS = ("agent", "server")
 
 
 def main() -> int:

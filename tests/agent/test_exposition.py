@@ -1,7 +1,9 @@
-"""Our text is the library's, byte for byte, whatever values and labels are in the table."""
+"""Our text is the library's, byte for byte, whatever values and labels are in the table; where there are hundreds of
+series its numbers may have more digits, and are the same numbers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 from urllib.request import Request, urlopen
@@ -40,7 +42,7 @@ def table(request: pytest.FixtureRequest) -> Table:
     for scope in request.param:
         for i, number in enumerate(NUMBERS):
             table.set("optwatch_reported", number, f"name-{i}")
-            table.set("optwatch_layer_grad_norm", number, f'layer.{i}"\n\\ü', scope=scope)
+            table.set("optwatch_layer_grad_norm", number, f'layer.{i}"\n\\ü%s%.17g', scope=scope)
         for seconds in (0.001, 0.2, 5.0, 1e9):
             table.observe_duration(seconds, scope=scope)
     return table
@@ -72,7 +74,26 @@ def test_it_comes_in_blocks_and_keeps_nothing_of_series_that_are_gone() -> None:
     assert all(block.endswith(b"\n") for block in blocks)
     table.clear("optwatch_layer_grad_norm")
     assert b"layer.7" not in b"".join(exposition.blocks())
-    assert sum(map(len, exposition._starts.values())) < 100
+    kept = [lines for lines in exposition._lines.values() if lines.labels]
+    assert sum(len(lines.labels) for lines in kept) < 100
+    assert sum(len(template) for lines in kept for template in lines.templates) < 20_000
+
+
+def test_numbers_of_a_full_block_are_the_librarys_to_the_last_bit_in_lines_of_the_same_series() -> None:
+    table = Table({"run_id": "100%", "rank": "0"})
+    table.begin([()])
+    finite = [number for number in NUMBERS if abs(number) < 1e300]
+    for i in range(3 * LINES_A_BLOCK + 7):
+        number = math.nan if i == LINES_A_BLOCK + 3 else math.sin(i) * finite[i % len(finite)]
+        table.set("optwatch_layer_grad_norm", number, f"layer.{i}%s%.17g")
+    ours, theirs = (
+        [line.rpartition(" ") for line in text.decode().splitlines() if line.startswith("optwatch_layer")]
+        for text in (b"".join(Exposition(table).blocks()), by_library(table))
+    )
+    assert [series for series, _, _ in ours] == [series for series, _, _ in theirs]
+    assert [float(number).hex() for _, _, number in ours] == [float(number).hex() for _, _, number in theirs]
+    assert [number for _, _, number in ours] != [number for _, _, number in theirs]  # a block was written the fast way
+    assert ours[LINES_A_BLOCK + 3][2] == theirs[LINES_A_BLOCK + 3][2] == "NaN"
 
 
 def ask(monitor: Any, **headers: str) -> tuple[str, str]:
