@@ -98,6 +98,7 @@ class Trainer:
     timed: bool
     """Whether all it does is in `before_step`."""
     close: Callable[[], object] = nothing
+    """Called once its steps are over."""
     steps: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
 

@@ -56,6 +56,6 @@ def test_memory_grows_by_nothing_over_a_hundred_thousand_steps(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_sink_that_keeps_every_record_is_seen_to_grow(tmp_path: Path) -> None:
-    found = grown(trained(tmp_path, 4_000, 2, "keep")["measured"])
+    found = grown(trained(tmp_path, 8_000, 2, "keep")["measured"])
     assert {"resident", "blocks", "optwatch.record.StepRecord"} <= set(found)
-    assert found["optwatch.record.StepRecord"] == 2_000
+    assert found["optwatch.record.StepRecord"] == 4_000

