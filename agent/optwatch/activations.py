@@ -1,8 +1,9 @@
-"""Where a pass stops being finite: the smallest and largest entry of what each layer gives out, in execution order.
+"""Where a pass stops being finite: whether what each layer gives out is, in execution order.
 
 A loss that is NaN makes every gradient NaN, so nothing that is read at the step itself tells which layer made it. A
-forward hook on each layer does: `torch.aminmax` passes NaN and Inf on, overflows in no dtype and reads at the speed of
-memory. Its two numbers stay on the device and travel with the step's row.
+forward hook on each layer does. On a CPU the compiled kernel looks for the largest magnitude. Elsewhere `torch.aminmax`
+passes NaN and Inf on, overflows in no dtype and reads at the speed of memory; its two numbers stay on the device and
+travel with the step's row.
 
 What a hook must not do, and how it does not: it launches one reduction and waits for nothing; a graph that is compiled,
 traced or captured holds nothing of it; it raises nothing; it is off while a model is only evaluated, since torch takes
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .faults import Faults
 from .layers import probe_points
 from .parallel import placement
@@ -43,16 +45,19 @@ class Activations:
         faults: counts what goes wrong in a hook.
         gradients: whether to read the gradients of outputs too, which tell on a rank whether a gradient that is not
             finite is its own: for training on several ranks.
+        compiled: whether the compiled kernel may read what is on the CPU, once it is there.
     """
 
-    def __init__(self, faults: Faults, gradients: bool = False) -> None:
+    def __init__(self, faults: Faults, gradients: bool = False, compiled: bool = False) -> None:
         self._faults = faults
         self._gradients = gradients
+        self._compiled = compiled
         self._probes: list[_Probe] = []
         self._inputs: list[Any] = []
         self._models: set[int] = set()
         self._on = False
         self._labels: list[str] = []
+        self._largest: list[float] = []
         self._pending: list[Tensor] = []
         self._chunks: list[Tensor] = []
         self._claimed: Trace | None = None
@@ -78,8 +83,7 @@ class Activations:
         """What came in since the last claim, which starts on its way to the host; where nothing did, as before."""
         if self._labels:
             self._fold()
-            places = [host_place(len(chunk), chunk.dtype, chunk.device) for chunk in self._chunks]
-            on_host = [c if c.device.type == "cpu" else p for c, p in zip(self._chunks, places, strict=True)]
+            on_host = [_place(chunk) for chunk in self._chunks]
             arrivals = []
             for chunk, place in zip(self._chunks, on_host, strict=True):
                 with torch.cuda.device_of(chunk):  # type: ignore[no-untyped-call]  # on whose stream it was made
@@ -135,30 +139,43 @@ class Activations:
 
     def _read(self, label: str, tensor: Tensor) -> bool:
         """Launch the reduction of one tensor; whether it is of a kind that can be read."""
+        if len(self._chunks) >= MAX_CHUNKS or capturing(tensor) or _is_transformed(tensor):
+            return False
+        kernel = kernels.cpu_kernel() if self._compiled and tensor.is_cpu else None
+        if kernel is not None and tensor.numel() and (largest := kernel.largest(tensor)) is not None:
+            if self._pending:
+                self._fold()
+            self._keep(label, self._largest, largest)
+            return True
         with torch.no_grad():
             if type(tensor) not in placement.PLAIN:
                 if not hasattr(tensor, "to_local"):
                     return False  # a fake tensor, or another that only stands for one
                 tensor = placement.local(tensor)
             readable = tensor.dtype in _READABLE and tensor.layout is torch.strided and not tensor.is_meta
-            if not readable or not tensor.numel() or capturing(tensor) or _is_transformed(tensor):
-                return False
-            if len(self._chunks) >= MAX_CHUNKS:
+            if not readable or not tensor.numel():
                 return False
             # Of another device or dtype: in a tensor of its own.
-            if self._pending and (self._pending[0].device, self._pending[0].dtype) != (tensor.device, tensor.dtype):
+            other = self._pending and (self._pending[0].device, self._pending[0].dtype) != (tensor.device, tensor.dtype)
+            if self._largest or other:
                 self._fold()
-            self._pending += torch.aminmax(tensor.detach())
-            self._labels.append(label)
-            if len(self._pending) >= 2 * MAX_PENDING:
-                self._fold()
+            self._keep(label, self._pending, *torch.aminmax(tensor.detach()))
         return True
 
+    def _keep(self, label: str, numbers: list[Any], *values: Any) -> None:
+        numbers += values
+        self._labels.append(label)
+        if len(numbers) >= MAX_PENDING * len(values):
+            self._fold()
+
     def _fold(self) -> None:
-        if self._pending:
-            with torch.no_grad():
-                self._chunks.append(torch.stack(self._pending))
-            self._pending = []
+        """Put what is pending together to one tensor: magnitudes, or pairs of one device and dtype, never both."""
+        with torch.no_grad():
+            if self._largest:
+                self._chunks.append(torch.tensor(self._largest, dtype=torch.float64, device="cpu").view(-1, 1))
+            if self._pending:
+                self._chunks.append(torch.stack(self._pending).view(-1, 2))
+        self._largest, self._pending = [], []
 
 
 class _Inert:
@@ -192,6 +209,13 @@ class _Probe:
             self._handle = self._module.register_forward_hook(self._hook)
         elif self._handle is not None:
             self._handle.remove()
+
+
+def _place(chunk: Tensor) -> Tensor:
+    """Where it is read on the host: itself, if it is there already."""
+    if chunk.device.type == "cpu":
+        return chunk
+    return host_place(chunk.numel(), chunk.dtype, chunk.device).view(chunk.shape)
 
 
 def _tensors(value: Any, depth: int) -> Iterator[Any]:

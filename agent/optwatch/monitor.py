@@ -81,7 +81,9 @@ class Monitor:
         if self._recorder:
             self.sinks.append(self._recorder.box)
         self._losses = Losses()
-        self._activations = Activations(self.faults, run.world_size > 1) if settings.activations == "on" else None
+        compiled = settings.kernel == "auto"
+        watches_layers = settings.activations == "on"
+        self._activations = Activations(self.faults, run.world_size > 1, compiled) if watches_layers else None
         models = found_models(optimizers, model) if self._activations else []
         self._watches: dict[int, Watch] = {}
         self._host = Host(

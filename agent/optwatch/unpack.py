@@ -69,9 +69,11 @@ class Unpacker:
         for source, positions, sums in row.broken_before:
             record.nonfinite_before += _nonfinite(row, source, torch.tensor(positions), sums.to(torch.float64))
         if row.trace is not None:
-            healthy = not record.nonfinite and record.skipped is None
-            passes = self._traces.setdefault(row.optimizer, Reader()).passes(row.trace, healthy)
-            record.passes = None if healthy else passes
+            reader = self._traces.setdefault(row.optimizer, Reader())
+            if not record.nonfinite and record.skipped is None:
+                reader.learn(row.trace)
+            else:
+                record.passes = reader.passes(row.trace)
         return record
 
     def _how_losses_add(self, batches: Sequence[MicroBatch]) -> Literal["sum", "mean"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from optwatch import kernels
 from optwatch.activations import Activations
 from optwatch.faults import Faults
 from optwatch.layers import probe_points
@@ -34,9 +36,33 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
+class Casts(nn.Module):
+    """Gives out what it is given, times `value`, as `dtype`."""
+
+    def __init__(self, dtype: torch.dtype, value: float = 1.0) -> None:
+        super().__init__()
+        self.dtype, self.value = dtype, value
+        self.weight = nn.Parameter(torch.ones(()))  # layers without any are not watched
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.value).to(self.dtype)
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["compiled", "by torch"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these tests is run with the compiled kernel and without."""
+    monkeypatch.setattr(sys.modules[__name__], "COMPILED", request.param)
+    if request.param:
+        kernels.prepare().join()
+        assert kernels.cpu_kernel() is not None
+
+
+COMPILED = True
+
+
 def watched(model: nn.Module, max_layers: int = 32, gradients: bool = False) -> tuple[Activations, Faults]:
     faults = Faults()
-    activations = Activations(faults, gradients)
+    activations = Activations(faults, gradients, COMPILED)
     activations.watch(model, max_layers)
     return activations, faults
 
@@ -44,7 +70,7 @@ def watched(model: nn.Module, max_layers: int = 32, gradients: bool = False) -> 
 def read(activations: Activations) -> Passes:
     trace = activations.claim()
     assert trace is not None
-    return Reader().passes(trace, healthy=False)
+    return Reader().passes(trace)
 
 
 def spoil(model: nn.Module, layer: str, value: float = math.nan) -> None:
@@ -94,10 +120,14 @@ def test_an_output_that_is_infinite_at_healthy_steps_too_tells_nothing_unless_it
         model(torch.randn(2, 4))
         trace = activations.claim()
         assert trace is not None
-        return reader.passes(trace, healthy).broken
+        if healthy:
+            reader.learn(trace)
+            return None
+        return reader.passes(trace).broken
 
     assert step(healthy=False) == "0"
-    assert step(healthy=True) is None
+    step(healthy=True)
+    assert step(healthy=False) is None
     spoil(model, "2")
     assert step(healthy=False) == "2"
     spoil(model, "0")
@@ -179,3 +209,26 @@ def test_what_the_hooks_take_is_added_up_until_it_is_asked_for() -> None:
     model(torch.randn(2, 4)).sum().backward()
     assert activations.spent() > 0
     assert activations.spent() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_outputs_of_every_dtype_and_form_are_read_and_large_numbers_are_no_infinity(dtype: torch.dtype) -> None:
+    model = nn.Sequential(*(Casts(dtype) for _ in range(3)))
+    activations, faults = watched(model)
+    largest = torch.full((40, 50), torch.finfo(dtype).max, dtype=dtype)
+    spoilt = largest.clone()
+    spoilt[7, 3] = math.inf
+    for x, want in ((largest, None), (largest.t(), None), (spoilt, "inf"), (spoilt.t(), "inf"), (spoilt - spoilt, "nan")):
+        model(x)
+        assert read(activations).value == want
+    assert not faults.counts
+
+
+def test_outputs_of_several_kinds_stay_in_execution_order() -> None:
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float64]
+    for bad in range(4):
+        model = nn.Sequential(*(Casts(dtype, math.nan if i == bad else 1.0) for i, dtype in enumerate(dtypes)))
+        activations, _ = watched(model)
+        model(torch.ones(2, 4))
+        seen = read(activations)
+        assert (seen.broken, seen.order) == (str(bad), ["input", "0", "1", "2", "3"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -35,6 +36,21 @@ def test_every_number_of_16_bits_is_read_as_torch_reads_it(dtype: torch.dtype, k
     wide = numbers.double()
     torch.testing.assert_close(got[1], wide, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(got[0], wide.square(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("size", [1, 31, 1000, 100_001])
+def test_the_largest_magnitude_is_found_wherever_it_is(size: int, dtype: torch.dtype, kernel: kernels.Kernel) -> None:
+    x = torch.randn(size).to(dtype)
+    assert kernel.largest(x) == float(x.abs().max())
+    assert kernel.largest(x[size:]) == 0
+    for place in {0, size // 2, size - 1}:
+        for value in (-100.0, torch.finfo(dtype).max, -math.inf):
+            x[place] = value
+            assert kernel.largest(x) == abs(float(x[place]))
+        x[-1 - place] = -math.nan
+        assert math.isnan(kernel.largest(x) or 0)
+        x[place] = x[-1 - place] = 0
 
 
 def test_the_result_has_the_same_bits_on_any_number_of_threads(kernel: kernels.Kernel) -> None:
@@ -78,12 +94,14 @@ def test_what_the_kernel_cannot_read_it_leaves_alone(tensor: torch.Tensor, kerne
     assert kernels.readable([torch.ones(3)])
     assert not kernels.readable([torch.ones(3), tensor])
     assert kernel.reduce("products", [tensor]) is None
+    assert kernel.largest(tensor) is None
 
 
 def test_memory_that_was_given_back_or_is_too_short_is_not_read(kernel: kernels.Kernel) -> None:
     freed = torch.ones(1000)
     freed.untyped_storage().resize_(0)  # as FSDP does with the parameters of other layers
     assert kernel.reduce("products", [freed]) is None
+    assert kernel.largest(freed) is None
     assert kernel.reduce("products", [torch.ones(10)], [torch.ones(9)]) is None
     assert kernel.reduce("changes", [torch.ones(10), torch.ones(3)], [torch.ones(10)], [0]) is None
     assert kernel.reduce("nonnegative", [torch.ones(10)], thresholds=torch.ones(2)) is None

@@ -1,7 +1,7 @@
 /* All statistics of many tensors in one pass over each, in double.
  *
- * The elements of all tensors, one after the other, are cut into spans of a fixed length. Threads take spans one by
- * one, so a list of one large tensor and 2000 small ones is shared out evenly; and as the length does not depend on the
+ * The elements of all tensors, one after the other, are cut into spans of one length. Threads take spans one by one,
+ * so a list of one large tensor and 2000 small ones is shared out evenly; and as the length does not depend on the
  * number of threads, neither does a bit of the result.
  *
  * Built without -ffast-math: what a NaN or an infinity does to a sum is part of the result.
@@ -12,10 +12,11 @@
 
 enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, DTYPES };
 enum { PRODUCTS, NONNEGATIVE, CHANGES };
-/* Elements of a span, and of a block that stays in the innermost cache. */
-enum { SPAN = 1 << 15, BLOCK = 1 << 10 };
+/* Elements of the longest span and of the shortest, spans that a list has at least where they are longer than that, and
+ * elements of a block that stays in the innermost cache. The processor begins to read ahead anew at each span. */
+enum { LONGEST = 1 << 17, SHORTEST = 1 << 15, FEWEST = 64, BLOCK = 1 << 10 };
 /* Bytes ahead of what is read that are asked for: the processor alone asks for too little at a time, and waits. */
-enum { AHEAD = 2048, LINE = 64 };
+enum { AHEAD = 512, LINE = 64 };
 /* Vectors are written out, since compilers make poor ones of loops over bfloat16 and float16, and none of a sum, whose
  * order they keep: VECTORS sums of WIDTH lanes run side by side. */
 enum { WIDTH = 8, VECTORS = 4, STRIDE = VECTORS * WIDTH };
@@ -199,7 +200,7 @@ struct work {
     int64_t *ends;     /* of each tensor, in the elements of all */
     double (*parts)[2][3]; /* of each span, for tensors that reach into it and beyond it: its first and its last */
     double (*out)[3];
-    int64_t spans, next;
+    int64_t span, spans, next;
 };
 
 #define EACH_DTYPE(CASE) CASE(FLOAT32) CASE(BFLOAT16) CASE(FLOAT16) CASE(FLOAT64)
@@ -264,9 +265,9 @@ static int64_t tensor_at(const struct work *w, int64_t position) {
 
 static void run(void *argument) {
     struct work *w = argument;
-    int64_t all = w->ends[w->n - 1], span;
+    int64_t all = w->ends[w->n - 1], length = w->span, span;
     while ((span = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->spans) {
-        int64_t from = span * SPAN, to = from + SPAN < all ? from + SPAN : all;
+        int64_t from = span * length, to = from + length < all ? from + length : all;
         for (int64_t t = tensor_at(w, from); t < w->n && w->ends[t] - w->sizes[t] < to; t++) {
             int64_t begin = w->ends[t] - w->sizes[t];
             int64_t start = begin < from ? from : begin, stop = w->ends[t] < to ? w->ends[t] : to;
@@ -280,9 +281,10 @@ static void run(void *argument) {
 static void fold(struct work *w) {
     for (int64_t t = 0; t < w->n; t++) {
         int64_t begin = w->ends[t] - w->sizes[t];
-        if (!w->sizes[t] || begin / SPAN == (w->ends[t] - 1) / SPAN) continue;
-        for (int64_t span = begin / SPAN; span <= (w->ends[t] - 1) / SPAN; span++) {
-            const double *part = w->parts[span][begin < span * SPAN ? 0 : 1];
+        if (!w->sizes[t]) continue;
+        int64_t first = begin / w->span, last = (w->ends[t] - 1) / w->span;
+        for (int64_t span = first; first < last && span <= last; span++) {
+            const double *part = w->parts[span][begin < span * w->span ? 0 : 1];
             w->out[t][0] += part[0];
             w->out[t][1] = w->kind == NONNEGATIVE ? larger(part[1], w->out[t][1]) : w->out[t][1] + part[1];
             w->out[t][2] += part[2];
@@ -316,7 +318,8 @@ int optwatch_reduce(
         all += sizes[t];
     }
     if (!all) return 0;
-    w.spans = (all + SPAN - 1) / SPAN;
+    for (w.span = LONGEST; w.span > SHORTEST && all / w.span < FEWEST; w.span /= 2) {}
+    w.spans = (all + w.span - 1) / w.span;
     w.ends = malloc((size_t)n * sizeof *w.ends);
     w.parts = calloc((size_t)w.spans, sizeof *w.parts);
     int result = 2;
@@ -332,4 +335,50 @@ int optwatch_reduce(
     free(w.ends);
     free(w.parts);
     return result;
+}
+
+/* One call of optwatch_largest, as its threads see it. */
+struct search {
+    const char *x;
+    int64_t size, next;
+    int bytes;
+    uint64_t most; /* bits of the largest magnitude so far */
+};
+
+/* Magnitudes order as their bits do, infinity above all numbers and every NaN above infinity. */
+#define LARGEST(WIDTH) \
+    INLINE uint64_t largest_##WIDTH(const uint##WIDTH##_t *bits, int64_t size) { \
+        uint##WIDTH##_t most = 0; \
+        for (int64_t i = 0; i < size; i++) { \
+            uint##WIDTH##_t magnitude = bits[i] & (((uint##WIDTH##_t)1 << (WIDTH - 1)) - 1); \
+            most = magnitude > most ? magnitude : most; \
+        } \
+        return most; \
+    }
+LARGEST(16)
+LARGEST(32)
+LARGEST(64)
+
+static void look(void *argument) {
+    struct search *s = argument;
+    uint64_t most = 0;
+    int64_t from;
+    while ((from = __atomic_fetch_add(&s->next, SHORTEST, __ATOMIC_RELAXED)) < s->size) {
+        int64_t count = s->size - from < SHORTEST ? s->size - from : SHORTEST;
+        const void *x = s->x + from * s->bytes;
+        uint64_t found = s->bytes == 2 ? largest_16(x, count) : s->bytes == 4 ? largest_32(x, count) : largest_64(x, count);
+        most = found > most ? found : most;
+    }
+    uint64_t known = __atomic_load_n(&s->most, __ATOMIC_RELAXED);
+    while (most > known && !__atomic_compare_exchange_n(&s->most, &known, most, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
+
+/* The largest magnitude of one dense tensor: NaN where it holds a NaN, 0 of none. -1 for one without memory. */
+double optwatch_largest(uint64_t x, int64_t size, uint8_t dtype, int threads, parallel_function parallel) {
+    if (dtype >= DTYPES || (size && !x)) return -1;
+    struct search s = {.x = (const char *)(uintptr_t)x, .size = size, .bytes = (int)item_bytes[dtype]};
+    int64_t useful = (size + SHORTEST - 1) / SHORTEST < threads ? (size + SHORTEST - 1) / SHORTEST : threads;
+    if (parallel && useful > 1) parallel(look, &s, (unsigned)useful, 0);
+    else look(&s);
+    return at(&s.most, 0, dtype);
 }
