@@ -22,8 +22,8 @@ class Trace:
     labels: Sequence[str]
     """In execution order."""
     values: Sequence[Tensor]
-    """On the host, each of shape ``(k, 1)`` or ``(k, 2)``: of k outputs in turn numbers of which one is NaN, or infinite,
-    exactly where an entry of the output is."""
+    """On the host, each of shape ``(k, 1)`` or ``(k, 2)``: of k outputs in turn numbers of which one is NaN, or
+    infinite, exactly where an entry of the output is."""
     arrivals: Sequence[Arrival]
     gradients: bool
     """Whether gradients of outputs were read as well, and are those whose label ends in `BACKWARD`."""

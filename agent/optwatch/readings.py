@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -123,10 +124,14 @@ class Readings:
             return False
         row.partial_gradients = not all(p.grad is None or placement.summable(p) for p in self._cut)
         indices, at, moments = self._moments_before(due, present, gradients)
-        squares, pairs = state.products(self.reducer, gradients, at, moments)
-        row.put(("gradient",), present, squares, behind=wanted is not None)
-        if moments:
-            row.put(("dot_gradient", "dot", "moment_before"), indices, pairs, behind=wanted is not None)
+        behind = wanted is not None
+        with self.reducer.together():
+            squares = row.place(("gradient",), present, behind)
+            if moments:
+                pairs = row.place(("dot_gradient", "dot", "moment_before"), indices, behind)
+                state.products(self.reducer, gradients, at, moments, (squares, pairs))
+            else:
+                self.reducer.square_sums(gradients, squares)
         return True
 
     def _moments_before(
@@ -161,10 +166,11 @@ class Readings:
         """Whether loss or gradients are not finite for the first time, where reading them waits for no device."""
         if row.values.device.type != "cpu":
             return False
-        known = row.values[0] if row.micro_batches else torch.zeros((), dtype=row.values.dtype)
+        # Lists: every operation of torch's takes longer than adding up hundreds of numbers.
+        known = row.values[:1].tolist() if row.micro_batches else []
         if "gradient" in row.measured:
-            known = known + row.layout.section(row.values, "gradient")[: _count(row, "gradient")].sum()
-        was_finite, self._was_finite = self._was_finite, math.isfinite(known.reshape(1).tolist()[0])
+            known += row.layout.section(row.values, "gradient")[: _count(row, "gradient")].tolist()
+        was_finite, self._was_finite = self._was_finite, math.isfinite(sum(known))
         return was_finite and not self._was_finite
 
     def broken_state(self) -> list[tuple[Source, list[int], Tensor]]:
@@ -183,33 +189,58 @@ class Readings:
 
     def read_state(self, row: rows.Row, due: list[int]) -> None:
         """Reduce the weights and moments of the parameters that are `due` into the row, after the step."""
-        parameters = [(i, self._parameters[i]) for i in due]
-        row.put(("weight",), due, self.reducer.square_sums([placement.local(p) for _, p in parameters]))
-        if self.update is not None and row.completes:
-            row.put(("update", "update_weight"), self.schedule.everything, self.update.sums())
+        weights = [self._parameters[i] for i in due]
         held = state.holder(self._optimizer).state
-        states = [(i, held.get(p, {}), p) for i, p in parameters]
-        firsts = [(i, x) for i, entry, p in states if (x := self._first(entry, p)) is not None]
+        entries = [held.get(p, {}) for p in weights]
+        self.reducer.square_sums(map(placement.local, weights) if self._cut else weights, row.place(("weight",), due))
+        indices, _, firsts = self._known(self._reader.first, due, weights, entries)
         if firsts:
-            sums = state.square_sums(self.reducer, [x for _, x in firsts])
-            row.put(("first_moment",), [i for i, _ in firsts], sums)
-        seconds = [(i, x) for i, entry, p in states if (x := self._second(entry, p)) is not None]
+            state.square_sums(self.reducer, firsts, row.place(("first_moment",), indices))
+        indices, entries, seconds = self._known(self._reader.second, due, weights, entries)
         if seconds:
-            indices = [i for i, _ in seconds]
-            row.second_sizes = [state.entries(x) for _, x in seconds]
-            groups = self._optimizer.param_groups
-            of = {i: entry for i, entry, _ in states}
-            each = [self._reader.count(of[i], groups[row.layout.groups[i]]) for i in indices]
-            known = [count for count in each if count is not None]
-            counts = torch.stack(known).to(torch.float64) if len(known) == len(indices) else None
-            if counts is not None and counts.device.type == "cpu":
-                row.step_counts = counts
-            elif counts is not None:
-                row.put(("step_count",), indices, counts)
+            row.second_sizes = [state.entries(x) for x in seconds]
+            counts = self._step_counts(row, indices, entries)
             thresholds = None if counts is None else self._thresholds(row, indices, counts)
-            result = state.nonnegative(self.reducer, [x for _, x in seconds], thresholds)
-            row.put(("second_sum", "second_max", "second_below"), indices, result)
-        if row.completes and (shape := state.extent(self._optimizer, self._reader.grows)) != self.state_shape:
+            place = row.place(("second_sum", "second_max", "second_below"), indices)
+            state.nonnegative(self.reducer, seconds, thresholds, place)
+
+    def _known(
+        self,
+        read: Callable[[Mapping[str, Any], Tensor], state.Stored | None],
+        due: list[int],
+        weights: list[Tensor],
+        entries: list[Mapping[str, Any]],
+    ) -> tuple[list[int], list[Mapping[str, Any]], list[state.Stored]]:
+        """What this rank holds of a moment: of which parameters, the optimizer's entries for these, and the moments."""
+        moments = [read(entry, p) for entry, p in zip(entries, weights, strict=True)]
+        if self._cut:
+            moments = [placement.held(moment, p) for moment, p in zip(moments, weights, strict=True)]
+        known = [moment for moment in moments if moment is not None]
+        if len(known) == len(due):
+            return due, entries, known
+        there = [moment is not None for moment in moments]
+        return list(compress(due, there)), list(compress(entries, there)), known
+
+    def _step_counts(self, row: rows.Row, indices: list[int], entries: list[Mapping[str, Any]]) -> Tensor | None:
+        """The steps t of the bias correction, where each of these parameters has one: shape ``(k,)``, float64, where
+        they are kept. They go into the row."""
+        groups = [self._optimizer.param_groups[row.layout.groups[i]] for i in indices]
+        each = map(self._reader.count, entries, groups)
+        known = [count for count in each if count is not None]
+        if len(known) != len(indices):
+            return None
+        counts = torch.stack(known).to(torch.float64)
+        if counts.device.type == "cpu":
+            row.step_counts = counts
+        else:
+            row.place(("step_count",), indices).write(counts)
+        return counts
+
+    def complete(self, row: rows.Row) -> None:
+        """What a row has of all parameters that completes a rotation."""
+        if self.update is not None:
+            row.place(("update", "update_weight"), self.schedule.everything).write(self.update.sums())
+        if (shape := state.extent(self._optimizer, self._reader.grows)) != self.state_shape:
             self.state_shape = shape
             row.state_bytes = state.state_bytes(self._optimizer)
 
@@ -222,8 +253,12 @@ class Readings:
         betas, epsilons = [row.betas2[g] for g in groups], [row.epsilons[g] for g in groups]
         if None in betas or None in epsilons:
             return None
-        squared = torch.tensor(epsilons, dtype=torch.float64, device="cpu").square_()
-        if row.late_correction:
+        squares = [epsilon**2 for epsilon in epsilons]  # type: ignore[operator]  # none is None
+        if counts.device.type == "cpu" and not row.late_correction:
+            each = zip(squares, betas, counts.tolist(), strict=True)
+            squares = [(1 - beta**count) * square for square, beta, count in each]
+        squared = torch.tensor(squares, dtype=torch.float64, device="cpu")
+        if counts.device.type == "cpu" or row.late_correction:
             return squared
         beta2 = numbers(betas, torch.float64, counts.device)  # type: ignore[arg-type]  # none is None
         return (1 - beta2**counts) * sent(squared, counts.device)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .kernels import Place
 from .statistics import wide_dtype
 from .taps import MicroBatch
 from .transfer import Arrival, host_place
@@ -94,10 +95,13 @@ class Layout:
         start = self._start(name)
         return row[start : start + len(self.names)]
 
-    def block(self, row: Tensor, first: str, count: int) -> Tensor:
-        """The part of `row` for a statistic and those behind it, `count` in all: shape ``(count, n)``, a view."""
-        start, n = self._start(first), len(self.names)
-        return row[start : start + count * n].view(count, n)
+    def places(self, row: Tensor, sections: Sequence[str], first: int, count: int) -> Tensor:
+        """Some places of sections that follow one another, from the `first` on: shape ``(count,)`` for one section,
+        ``(len(sections), count)`` for several, a view."""
+        start, n = self._start(sections[0]) + first, len(self.names)
+        if len(sections) == 1:
+            return row[start : start + count]
+        return row.as_strided((len(sections), count), (n, 1), row.storage_offset() + start)
 
     def _start(self, name: str) -> int:
         return len(HEADER) + self.group_count + _PLACES[name] * len(self.names)
@@ -174,15 +178,15 @@ class Row:
     checked: Checked | None = None
     """What is to be compared with other ranks, where there are some."""
 
-    def put(self, sections: Sequence[str], indices: list[int], values: Tensor, behind: bool = False) -> None:
-        """Write numbers for some parameters, shape ``(k,)`` or ``(len(sections), k)``, to the front of sections that
-        follow one another, or `behind` those of other parameters that they hold already. For the training thread."""
+    def place(self, sections: Sequence[str], indices: list[int], behind: bool = False) -> Place:
+        """Where numbers for some parameters go: shape ``(k,)``, or ``(len(sections), k)`` for several. It is the front
+        of sections that follow one another, or `behind` those of other parameters that they hold already. For the
+        training thread."""
         before = (self.measured.get(sections[0]) or []) if behind else []
         together = before + indices if before else indices
-        place = self.layout.block(self.values, sections[0], len(sections))
-        place[:, len(before) : len(together)].copy_(values, non_blocking=True)
         measured = None if len(together) == len(self.layout.names) else together
-        self.measured.update(dict.fromkeys(sections, measured))
+        numbers = self.layout.places(self.values, sections, len(before), len(indices))
+        return Place(numbers, lambda: self.measured.update(dict.fromkeys(sections, measured)))
 
     def give_back(self) -> None:
         """The host has read the row: its place is free again."""

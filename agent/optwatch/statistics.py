@@ -12,13 +12,15 @@ non-finite element. Nothing of the size of a parameter is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import kernels
+from .kernels import Place
 from .transfer import numbers, sent
 
 CPU_BLOCK = 65_536
@@ -112,6 +114,9 @@ class Plan:
 class Reducer:
     """Reduces lists of tensors on one device. Never waits for the device and never copies to the host.
 
+    Results are new tensors, or are written to the place ``out`` where it is given: its numbers are of the result's
+    shape and dtype, on its device, the last dimension dense.
+
     With ``compiled`` the device's kernel reads what is on a CPU or on CUDA, from when it is there. Torch's operations
     need a scratch of two blocks of float64: 1 MiB on a CPU, 16 MiB elsewhere, since with less the number of launches
     would grow, to 16 times with 1 MiB. It is made when they first need it, and given back when CUDA's kernel answers,
@@ -126,6 +131,19 @@ class Reducer:
             kernels.prepare(device)
         self._scratch: tuple[Tensor, Tensor] | None = None
         self._plans: dict[tuple[int, ...], Plan] = {}
+        self._waiting: list[tuple[kernels.Request, Callable[[], None]]] | None = None
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is asked for in here with an ``out`` is there when this ends: a CPU's kernel reads it in one go."""
+        kernel = kernels.cpu_kernel() if self._compiles and self.device.type == "cpu" else None
+        self._waiting = None if kernel is None else []
+        try:
+            yield
+        finally:
+            waiting, self._waiting = self._waiting, None
+            if kernel is not None and waiting:
+                _answer(kernel, waiting)
 
     def plan(self, flats: Sequence[Tensor]) -> Plan:
         """The plan for tensors of these sizes, kept for the next call with the same ones (at most 16 are)."""
@@ -149,12 +167,18 @@ class Reducer:
             self._scratch = first, second
         return self._scratch
 
-    def square_sums(self, tensors: Iterable[Tensor]) -> Tensor:
+    def square_sums(self, tensors: Iterable[Tensor], out: Place | None = None) -> Tensor:
         """Σx² of each tensor: shape ``(n,)``, float64, on the tensors' device, for tensors of any floating dtype.
 
         NaN exactly where a tensor holds a NaN, and infinite exactly where it holds an infinity and no NaN. One read.
         """
         listed = list(tensors)
+        if out is None:
+            return self._square_sums(listed)
+        self._write(kernels.Request("products", listed, out), lambda: out.write(self._square_sums(listed)))
+        return out.numbers
+
+    def _square_sums(self, listed: list[Tensor]) -> Tensor:
         if (result := self._kernel("products", listed)) is not None:
             return result[0]
         flats = [flat(x) for x in listed]
@@ -165,20 +189,39 @@ class Reducer:
 
     def dot_products(self, lefts: Iterable[Tensor], rights: Iterable[Tensor]) -> Tensor:
         """Σx·y of each pair of tensors of equal shape and layout: shape ``(n,)``, float64, on their device."""
-        xs, ys = list(lefts), list(rights)
+        return self._dot_products(list(lefts), list(rights))
+
+    def _dot_products(self, xs: list[Tensor], ys: list[Tensor]) -> Tensor:
         if (result := self._kernel("products", xs, ys)) is not None:
             return result[1]
         pairs = [_aligned(x, y) for x, y in zip(xs, ys, strict=True)]
         return self._products([flat(x) for x, _ in pairs], [flat(y) for _, y in pairs])
 
     def products(
-        self, lefts: Sequence[Tensor], positions: Sequence[int], rights: Sequence[Tensor]
+        self,
+        lefts: Sequence[Tensor],
+        positions: Sequence[int],
+        rights: Sequence[Tensor],
+        out: tuple[Place, Place] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Σx² of each left tensor, shape ``(n,)``, and Σx², Σx·y and Σy² of the pairs, shape ``(3, k)``.
 
         float64, on their device. The i-th right tensor makes a pair with the left one at ``positions[i]``, which has
         its shape. One read of each where a compiled kernel does it.
         """
+        if out is None:
+            return self._both_products(lefts, positions, rights)
+
+        def alone() -> None:
+            for place, found in zip(out, self._both_products(lefts, positions, rights), strict=True):
+                place.write(found)
+
+        self._write(kernels.Request("products", lefts, out[0], rights, positions, pairs=out[1]), alone)
+        return out[0].numbers, out[1].numbers
+
+    def _both_products(
+        self, lefts: Sequence[Tensor], positions: Sequence[int], rights: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         if (result := self._kernel("products", lefts, rights, positions)) is not None:
             # A list as an index takes tens of microseconds.
             return result[0], result.index_select(1, numbers(positions, torch.int64, self.device))
@@ -204,10 +247,19 @@ class Reducer:
                 sums.index_copy_(0, block.pack.positions, _segments(x.mul_(y), "sum", block.pack.sizes))
         return sums.index_add_(0, plan.single_owners, partial)
 
-    def changes(self, before: Sequence[Tensor], after: Sequence[Tensor], plan: Plan) -> Tensor:
+    def changes(
+        self, before: Sequence[Tensor], after: Sequence[Tensor], plan: Plan, out: Place | None = None
+    ) -> Tensor:
         """Σ(after − before)² and Σafter² of each pair of one-dimensional tensors, whose sizes are the plan's: shape
         ``(2, n)``, float64, on their device. The difference is taken in float64: two numbers of bf16 differ by more
         digits than bf16 has. One read of each."""
+        if out is None:
+            return self._changes(before, after, plan)
+        request = kernels.Request("changes", after, out, before)
+        self._write(request, lambda: out.write(self._changes(before, after, plan)))
+        return out.numbers
+
+    def _changes(self, before: Sequence[Tensor], after: Sequence[Tensor], plan: Plan) -> Tensor:
         if (compiled := self._kernel("changes", after, before)) is not None:
             return compiled[:2]
         result = torch.zeros(2, len(after), dtype=self.dtype, device=self.device)
@@ -226,7 +278,7 @@ class Reducer:
                     sums.index_copy_(0, block.pack.positions, _segments(squares, "sum", block.pack.sizes))
         return result.index_add_(1, plan.single_owners, partial)
 
-    def nonnegative(self, tensors: Iterable[Tensor], thresholds: Tensor | None) -> Tensor:
+    def nonnegative(self, tensors: Iterable[Tensor], thresholds: Tensor | None, out: Place | None = None) -> Tensor:
         """Sum, largest entry and number of entries below a threshold, of tensors without negative entries.
 
         ``thresholds`` has shape ``(n,)``, float64, on the tensors' device or the CPU. The result has shape ``(3, n)``,
@@ -234,6 +286,13 @@ class Reducer:
         thresholds). One read.
         """
         listed = list(tensors)
+        if out is None:
+            return self._nonnegative(listed, thresholds)
+        request = kernels.Request("nonnegative", listed, out, thresholds=thresholds)
+        self._write(request, lambda: out.write(self._nonnegative(listed, thresholds)))
+        return out.numbers
+
+    def _nonnegative(self, listed: list[Tensor], thresholds: Tensor | None) -> Tensor:
         if (compiled := self._kernel("nonnegative", listed, thresholds=thresholds)) is not None:
             return compiled
         flats = [flat(x) for x in listed]
@@ -265,6 +324,13 @@ class Reducer:
         below.index_add_(0, plan.single_owners, partial[2])
         return result
 
+    def _write(self, request: kernels.Request, alone: Callable[[], None]) -> None:
+        """Have a request answered when `together` ends, where we are in it, else now: by what does it `alone`."""
+        if self._waiting is None:
+            alone()
+        else:
+            self._waiting.append((request, alone))
+
     def _kernel(
         self,
         kind: kernels.Kind,
@@ -295,6 +361,19 @@ class Reducer:
             return view.copy_(flats[block.members[0]][block.start : block.stop])
         # Joined in their own dtype first: joining and widening in one call is ten times slower for small tensors.
         return view.copy_(torch.cat([flats[position] for position in block.members]))
+
+
+def _answer(kernel: kernels.Kernel, waiting: Sequence[tuple[kernels.Request, Callable[[], None]]]) -> None:
+    """Answer all requests by the kernel or, where it cannot read something, each on its own: a fault costs no other."""
+    if kernel.run([request for request, _ in waiting]):
+        for request, _ in waiting:
+            request.out.written()
+            if request.pairs is not None:
+                request.pairs.written()
+        return
+    with ExitStack() as each:
+        for _, alone in reversed(waiting):
+            each.callback(alone)
 
 
 def _aligned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

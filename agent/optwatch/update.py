@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels import Place
 from .parallel.placement import PLAIN, local
 from .statistics import Reducer, flat
 from .transfer import numbers
@@ -155,9 +156,12 @@ class Update:
         if copies is None:
             return
         first = sum(map(len, self.windows[: self._next]))
-        measured = self._reducer.changes(copies, self._pieces(), self._plans[self._next])
         latest = self._latest[:, first : first + len(copies)]
-        latest.copy_(measured if skipped is None else torch.where(skipped > 0, latest, measured))
+        compared = copies, self._pieces(), self._plans[self._next]
+        if skipped is None:
+            self._reducer.changes(*compared, out=Place(latest))
+        else:
+            latest.copy_(torch.where(skipped > 0, latest, self._reducer.changes(*compared)))
         self._next = (self._next + 1) % len(self.windows)
 
     def sums(self) -> Tensor:

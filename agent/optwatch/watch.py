@@ -356,7 +356,8 @@ class Watch:
         if not self._reads.read_gradients(row, self._due, wanted):
             return
         if self._clipped is not None:
-            row.put(("gradient_before_clip",), *self._clipped)
+            present, sums = self._clipped
+            row.place(("gradient_before_clip",), present).write(sums)
             self._clipped = None
         self._gradient_seconds += time.perf_counter() - began
 
@@ -386,12 +387,7 @@ class Watch:
             return
         readings = self._reads
         try:
-            if self._view is not None and self._view.skipped:
-                row.skipped = True
-            elif readings.update is not None:
-                readings.update.after(self._written[2] if row.has_found_inf else None)
-            if row.sampled:
-                readings.read_state(row, self._due)
+            self._read_state(row, readings)
             if readings.checks is not None:
                 row.checked = self._checked(readings.checks, row)
             if self._reader.rate_after:
@@ -418,6 +414,20 @@ class Watch:
         self._seconds_sent = total
         rows.send(row, self._written, self._place)
         self._enqueue(row)
+
+    def _read_state(self, row: rows.Row, readings: Readings) -> None:
+        """Read what the step has made of weights and moments."""
+        try:
+            with readings.reducer.together():
+                if self._view is not None and self._view.skipped:
+                    row.skipped = True
+                elif readings.update is not None:
+                    readings.update.after(self._written[2] if row.has_found_inf else None)
+                if row.sampled:
+                    readings.read_state(row, self._due)
+        finally:  # a moment that cannot be read costs no update
+            if row.completes:
+                readings.complete(row)
 
     def _current(self) -> Readings:
         """What reads the parameters, made anew when groups or parameters have been added, or the parameters moved."""

@@ -218,7 +218,13 @@ def test_outputs_of_every_dtype_and_form_are_read_and_large_numbers_are_no_infin
     largest = torch.full((40, 50), torch.finfo(dtype).max, dtype=dtype)
     spoilt = largest.clone()
     spoilt[7, 3] = math.inf
-    for x, want in ((largest, None), (largest.t(), None), (spoilt, "inf"), (spoilt.t(), "inf"), (spoilt - spoilt, "nan")):
+    for x, want in (
+        (largest, None),
+        (largest.t(), None),
+        (spoilt, "inf"),
+        (spoilt.t(), "inf"),
+        (spoilt - spoilt, "nan"),
+    ):
         model(x)
         assert read(activations).value == want
     assert not faults.counts

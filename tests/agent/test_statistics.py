@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optwatch import kernels
-from optwatch.statistics import CPU_BLOCK, Reducer, flat
+from optwatch.kernels import Place
+from optwatch.statistics import CPU_BLOCK, Plan, Reducer, flat
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -66,6 +68,71 @@ def test_sums_of_any_mixture_of_sizes_equal_the_oracle(compiled: bool, dtype: to
     moved, weights = reducer.changes(others, tensors, reducer.new_plan(sizes))
     assert_close(weights, first)
     assert_close(moved, _stack([_dot(change, change) for change in map(_difference, tensors, others)]))
+
+
+@pytest.fixture
+def requests() -> list[tuple[str, Any]]:
+    """Lists of every kind, with tensors that no kernel reads as they lie."""
+    generator = torch.Generator().manual_seed(4)
+    matrix = torch.randn(300, 200, generator=generator)
+    xs = [matrix, torch.randn(7, generator=generator), torch.randn(0), matrix.t()]
+    return [
+        ("square_sums", (xs,)),
+        ("square_sums", ([],)),
+        ("products", (xs, [1, 0], [torch.ones(7), matrix * 2])),
+        ("nonnegative", ([x.square() for x in xs[:3]], torch.full((3,), 0.5, dtype=torch.float64))),
+        ("nonnegative", ([xs[0].square()], None)),
+        ("changes", ([xs[1]], [xs[1] * 3], Plan([7], CPU))),
+    ]
+
+
+def shapes(results: Any) -> Any:
+    """Results as a tuple of tensors, whatever the method gives."""
+    return results if isinstance(results, tuple) else (results,)
+
+
+@PATHS
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_is_asked_for_together_is_what_each_alone_gives(compiled: bool, dense: bool, requests: Any) -> None:
+    reducer = reducer_of(compiled)
+    if dense:
+        requests = [(name, ([x for x in lists[0] if x.is_contiguous()], *lists[1:])) for name, lists in requests]
+    want = [shapes(getattr(reducer, name)(*arguments)) for name, arguments in requests]
+    # Rows of a wider table, as in a row of a step.
+    tables = [[torch.full((*x.shape[:-1], x.shape[-1] + 3), -7.0, dtype=torch.float64) for x in each] for each in want]
+    written: list[tuple[int, int]] = []
+    with reducer.together():
+        for i, (name, arguments) in enumerate(requests):
+            places = [
+                Place(table[..., 1 : 1 + x.shape[-1]], lambda i=i, j=j: written.append((i, j)))  # type: ignore[misc]
+                for j, (table, x) in enumerate(zip(tables[i], want[i], strict=True))
+            ]
+            getattr(reducer, name)(*arguments, out=tuple(places) if len(places) > 1 else places[0])
+    for table, x in zip([t for each in tables for t in each], [x for each in want for x in each], strict=True):
+        count = x.shape[-1]
+        assert_close(table[..., 1 : 1 + count], x)  # cut into other spans
+        assert set(table[..., [0, -2, -1]].flatten().tolist()) == {-7.0}
+    assert sorted(written) == [(i, j) for i, each in enumerate(want) for j in range(len(each))]
+
+
+@PATHS
+def test_what_cannot_be_read_costs_nothing_else_that_was_asked_for_with_it(compiled: bool) -> None:
+    reducer = reducer_of(compiled)
+    outs, written = torch.zeros(3, dtype=torch.float64), []
+    places = [Place(outs[i : i + 1], lambda i=i: written.append(i)) for i in range(3)]  # type: ignore[misc]
+
+    def ask() -> None:
+        with reducer.together():
+            for place, x in zip(
+                places, (torch.tensor(2.0), torch.ones(2, 2).to_mkldnn(), torch.tensor(3.0)), strict=True
+            ):
+                reducer.square_sums([x], place)
+
+    with pytest.raises(RuntimeError):
+        ask()
+    # Without a kernel each is read when it is asked for, and training's hook ends at the second.
+    assert written == ([0, 2] if compiled else [0])
+    assert outs.tolist() == ([4, 0, 9] if compiled else [4, 0, 0])
 
 
 def _difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

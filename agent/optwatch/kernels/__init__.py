@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Literal, Protocol
@@ -28,6 +31,37 @@ KINDS = {"products": 0, "nonnegative": 1, "changes": 2}
 Kind = Literal["products", "nonnegative", "changes"]
 _PLAIN = {Tensor, torch.nn.Parameter}
 _dtype, _layout, _on_cpu = attrgetter("dtype"), attrgetter("layout"), attrgetter("is_cpu")
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where the numbers of a reduction go."""
+
+    numbers: Tensor
+    written: Callable[[], object] = lambda: None
+    """Called once they are there, and never if they could not be had."""
+
+    def write(self, numbers: Tensor) -> None:
+        """Write them."""
+        self.numbers.copy_(numbers, non_blocking=True)
+        self.written()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Tensors that are to be read alike, and where their numbers go: see `Kernel.reduce` for what they are."""
+
+    kind: Kind
+    xs: Sequence[Tensor]
+    out: Place
+    """Shape ``(n,)`` for the first number of each x, or ``(k, n)`` for the first k: float64, on the CPU, its last
+    dimension dense."""
+    ys: Sequence[Tensor] = ()
+    positions: Sequence[int] | None = None
+    """Of the x that have a y; each has where it is None."""
+    thresholds: Tensor | None = None
+    pairs: Place | None = None
+    """Shape ``(3, len(ys))``, likewise: all three numbers of the x that have a y, once more."""
 
 
 class Reduces(Protocol):
@@ -51,7 +85,7 @@ class Kernel:
         pointer = ctypes.c_void_p
         library = ctypes.CDLL(str(path))
         self._reduce, self._largest = library.optwatch_reduce, library.optwatch_largest
-        self._reduce.argtypes = [ctypes.c_int, ctypes.c_int64, *[pointer] * 7, ctypes.c_int, pointer]
+        self._reduce.argtypes = [pointer, ctypes.c_int64, *[pointer] * 6, ctypes.c_int, pointer]
         self._reduce.restype = ctypes.c_int
         self._largest.argtypes = [pointer, ctypes.c_int64, ctypes.c_uint8, ctypes.c_int, pointer]
         self._largest.restype = ctypes.c_double
@@ -76,32 +110,60 @@ class Kernel:
 
         None where the kernel cannot read a tensor (see `readable`), or a pair is not of equal size.
         """
-        if not readable(xs) or not readable(ys) or (thresholds is not None and thresholds.numel() != len(xs)):
-            return None
+        out = torch.empty(3, len(xs), dtype=torch.float64)
+        return out if self.run([Request(kind, xs, Place(out), ys, positions, thresholds)]) else None
+
+    def run(self, requests: Sequence[Request]) -> bool:
+        """Read all of these in one go, and write their numbers to their places. Releases the GIL meanwhile.
+
+        False, with nothing written, where the kernel cannot read a tensor, or a pair is not of equal size.
+        """
+        xs = list(chain.from_iterable(request.xs for request in requests))
+        ys = list(chain.from_iterable(request.ys for request in requests))
+        if not xs:
+            return True
+        if not readable(xs) or not readable(ys):
+            return False
         sizes = array("q", map(Tensor.numel, xs))
+        table, limits, owners, places = array("q"), array("d"), array("q"), []
+        limited = any(request.thresholds is not None for request in requests)
+        first = 0
+        for request in requests:
+            count, paired = len(request.xs), len(request.ys)
+            positions = array("q", range(paired) if request.positions is None else request.positions)
+            owners.extend(positions if not first else [first + position for position in positions])
+            if len(positions) != paired:
+                return False
+            if limited:
+                known = [-math.inf] * count if request.thresholds is None else request.thresholds.tolist()
+                if len(known) != count:
+                    return False
+                limits.extend(known)
+            places.append(positions)  # kept until they have been read
+            address = positions.buffer_info()[0]
+            table.extend((KINDS[request.kind], count, *_where(request.out.numbers)))
+            table.extend(_pairs(request.pairs, paired, address))
+            first += count
         others = array("Q", bytes(8 * len(xs))) if ys else None
         if others is not None:
-            for position, y in zip(range(len(xs)) if positions is None else positions, ys, strict=True):
-                if y.numel() != sizes[position]:
-                    return None
-                others[position] = y.data_ptr()
+            for owner, size, address in zip(owners, map(Tensor.numel, ys), map(Tensor.data_ptr, ys), strict=True):
+                if size != sizes[owner]:
+                    return False
+                others[owner] = address
         pointers = array("Q", map(Tensor.data_ptr, xs))
-        out = torch.empty(len(xs), 3, dtype=torch.float64)
-        limits = None if thresholds is None else thresholds.to("cpu", torch.float64).contiguous()
-        status = self._reduce(
-            KINDS[kind],
-            len(xs),
+        status: int = self._reduce(
+            table.buffer_info()[0],
+            len(requests),
             pointers.buffer_info()[0],
             _codes(xs, None, len(xs)),
             None if others is None else others.buffer_info()[0],
-            None if others is None else _codes(ys, positions, len(xs)),
+            None if others is None else _codes(ys, owners, len(xs)),
             sizes.buffer_info()[0],
-            None if limits is None else limits.data_ptr(),
-            out.data_ptr(),
+            limits.buffer_info()[0] if limited else None,
             torch.get_num_threads(),
             self._parallel,
         )
-        return out.t() if status == 0 else None
+        return status == 0
 
     def largest(self, x: Tensor) -> float | None:
         """max |x| of one tensor, in a quarter of the time that its sums take: NaN where it holds a NaN, 0 for an empty
@@ -134,6 +196,18 @@ def _codes(tensors: Sequence[Tensor], positions: Sequence[int] | None, count: in
     for position, dtype in zip(range(count) if positions is None else positions, dtypes, strict=True):
         codes[position] = DTYPES[dtype]
     return bytes(codes)
+
+
+def _where(out: Tensor) -> tuple[int, int, int]:
+    """How many numbers of each tensor are wanted, the address of the first, and elements from one to the next."""
+    return (1, out.data_ptr(), 0) if out.dim() == 1 else (len(out), out.data_ptr(), out.stride(0))
+
+
+def _pairs(pairs: Place | None, count: int, positions: int) -> tuple[int, int, int, int]:
+    """How many tensors have all three numbers wanted elsewhere, the address of their positions, and where."""
+    if pairs is None:
+        return 0, 0, 0, 0
+    return count, positions, pairs.numbers.data_ptr(), pairs.numbers.stride(0)
 
 
 CPU = torch.device("cpu")

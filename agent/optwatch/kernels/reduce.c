@@ -189,10 +189,20 @@ INLINE void nonnegative(const void *x, int64_t start, int64_t stop, int dtype, d
     out[2] += (double)number;
 }
 
+/* A list of tensors that are reduced alike, and where its numbers go: as Python writes it. */
+struct list {
+    int64_t kind, count, rows; /* of each tensor's three numbers the first `rows` are wanted */
+    double *out;               /* number k of tensor t at out[k * stride + t] */
+    int64_t stride, pairs;     /* tensors of which all three numbers are wanted elsewhere, too */
+    const int64_t *positions;  /* theirs in the list */
+    double *pairs_out;         /* number k of the i-th of them at pairs_out[k * pairs_stride + i] */
+    int64_t pairs_stride;
+};
+
 /* One call of optwatch_reduce, as its threads see it. */
 struct work {
-    int kind;
     int64_t n;
+    const uint8_t *kinds;
     const uint64_t *xs, *ys;
     const uint8_t *x_dtypes, *y_dtypes;
     const double *thresholds;
@@ -239,8 +249,9 @@ static void piece(const struct work *w, int64_t tensor, int64_t start, int64_t s
     const void *x = (const void *)(uintptr_t)w->xs[tensor];
     const void *y = w->ys ? (const void *)(uintptr_t)w->ys[tensor] : 0;
     double threshold = w->thresholds ? w->thresholds[tensor] : -__builtin_inf();
+    int kind = w->kinds[tensor];
     if (!y || w->x_dtypes[tensor] == w->y_dtypes[tensor]) {
-        alike(w->kind, x, y, start, stop, w->x_dtypes[tensor], threshold, out);
+        alike(kind, x, y, start, stop, w->x_dtypes[tensor], threshold, out);
         return;
     }
     double left[BLOCK], right[BLOCK];
@@ -248,7 +259,7 @@ static void piece(const struct work *w, int64_t tensor, int64_t start, int64_t s
         int64_t end = i + BLOCK < stop ? i + BLOCK : stop;
         widen(x, i, end, w->x_dtypes[tensor], left);
         widen(y, i, end, w->y_dtypes[tensor], right);
-        alike(w->kind, left, right, 0, end - i, FLOAT64, threshold, out);
+        alike(kind, left, right, 0, end - i, FLOAT64, threshold, out);
     }
 }
 
@@ -286,7 +297,7 @@ static void fold(struct work *w) {
         for (int64_t span = first; first < last && span <= last; span++) {
             const double *part = w->parts[span][begin < span * w->span ? 0 : 1];
             w->out[t][0] += part[0];
-            w->out[t][1] = w->kind == NONNEGATIVE ? larger(part[1], w->out[t][1]) : w->out[t][1] + part[1];
+            w->out[t][1] = w->kinds[t] == NONNEGATIVE ? larger(part[1], w->out[t][1]) : w->out[t][1] + part[1];
             w->out[t][2] += part[2];
         }
     }
@@ -294,45 +305,64 @@ static void fold(struct work *w) {
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 
-/* Reduce n dense tensors. PRODUCTS: out[t] = {sum x², sum xy, sum y²}, the last two 0 where ys is null or ys[t] is 0.
- * CHANGES: out[t] = {sum (x - y)², sum x², 0}, every ys[t] given.
- * NONNEGATIVE: out[t] = {sum x, max x (0 for none), number of x < thresholds[t] (0 without thresholds)}.
+/* Where the numbers of each list are wanted. */
+static void deliver(const struct list *lists, int64_t count, double (*found)[3]) {
+    for (const struct list *l = lists; l < lists + count; found += l->count, l++) {
+        for (int64_t k = 0; k < l->rows; k++)
+            for (int64_t t = 0; t < l->count; t++) l->out[k * l->stride + t] = found[t][k];
+        for (int64_t k = 0; k < 3; k++)
+            for (int64_t i = 0; i < l->pairs; i++) l->pairs_out[k * l->pairs_stride + i] = found[l->positions[i]][k];
+    }
+}
+
+/* Reduce the dense tensors of some lists in one go: n in all, those of the first list first. Three numbers of each.
+ * PRODUCTS: sum x², sum xy, sum y², the last two 0 where ys is null or ys[t] is 0.
+ * CHANGES: sum (x - y)², sum x², 0, every ys[t] given.
+ * NONNEGATIVE: sum x, max x (0 for none), number of x < thresholds[t] (0 without thresholds).
  *
  * `parallel` is GOMP_parallel of the OpenMP runtime whose threads the caller uses anyway, or null for one thread.
- * Returns 0; 1 for a tensor without memory or of an unknown dtype, 2 where memory ran out: then out means nothing.
+ * Returns 0; 1 for a tensor without memory or of an unknown dtype, 2 where memory ran out: then nothing is written.
  */
 int optwatch_reduce(
-    int kind, int64_t n, const uint64_t *xs, const uint8_t *x_dtypes, const uint64_t *ys, const uint8_t *y_dtypes,
-    const int64_t *sizes, const double *thresholds, double *out, int threads, parallel_function parallel
+    const struct list *lists, int64_t count, const uint64_t *xs, const uint8_t *x_dtypes, const uint64_t *ys,
+    const uint8_t *y_dtypes, const int64_t *sizes, const double *thresholds, int threads, parallel_function parallel
 ) {
     struct work w = {
-        .kind = kind, .n = n, .xs = xs, .ys = ys, .x_dtypes = x_dtypes, .y_dtypes = y_dtypes, .sizes = sizes,
-        .thresholds = thresholds, .out = (double (*)[3])out,
+        .xs = xs, .ys = ys, .x_dtypes = x_dtypes, .y_dtypes = y_dtypes, .sizes = sizes, .thresholds = thresholds,
     };
-    memset(out, 0, (size_t)n * sizeof *w.out);
-    int64_t all = 0;
-    for (int64_t t = 0; t < n; t++) {
-        int paired = ys && ys[t], unknown = x_dtypes[t] >= DTYPES || (paired && y_dtypes[t] >= DTYPES);
-        int missing = sizes[t] && (!xs[t] || (kind == CHANGES && !paired));
-        if (missing || unknown || sizes[t] < 0) return 1;
-        all += sizes[t];
-    }
-    if (!all) return 0;
+    int64_t all = 0, t = 0;
+    for (const struct list *l = lists; l < lists + count; l++)
+        for (w.n += l->count; t < w.n; t++) {
+            int paired = ys && ys[t], unknown = x_dtypes[t] >= DTYPES || (paired && y_dtypes[t] >= DTYPES);
+            int missing = sizes[t] && (!xs[t] || (l->kind == CHANGES && !paired));
+            if (missing || unknown || sizes[t] < 0) return 1;
+            all += sizes[t];
+        }
     for (w.span = LONGEST; w.span > SHORTEST && all / w.span < FEWEST; w.span /= 2) {}
     w.spans = (all + w.span - 1) / w.span;
-    w.ends = malloc((size_t)n * sizeof *w.ends);
-    w.parts = calloc((size_t)w.spans, sizeof *w.parts);
+    int64_t *ends = w.ends = malloc((size_t)(w.n + 1) * sizeof *w.ends);
+    uint8_t *kinds = malloc((size_t)w.n + 1);
+    w.kinds = kinds;
+    w.out = calloc((size_t)w.n + 1, sizeof *w.out);
+    w.parts = calloc((size_t)w.spans + 1, sizeof *w.parts);
     int result = 2;
-    if (w.ends && w.parts) {
+    if (ends && kinds && w.out && w.parts) {
         int64_t end = 0;
-        for (int64_t t = 0; t < n; t++) w.ends[t] = end += sizes[t];
+        for (const struct list *l = lists; l < lists + count; l++) {
+            memset(kinds, (int)l->kind, (size_t)l->count);
+            kinds += l->count;
+        }
+        for (t = 0; t < w.n; t++) ends[t] = end += sizes[t];
         int64_t useful = w.spans < threads ? w.spans : threads;
         if (parallel && useful > 1) parallel(run, &w, (unsigned)useful, 0);
-        else run(&w);
+        else if (w.spans) run(&w);
         fold(&w);
+        deliver(lists, count, w.out);
         result = 0;
     }
-    free(w.ends);
+    free(ends);
+    free((void *)w.kinds);
+    free(w.out);
     free(w.parts);
     return result;
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,19 +22,13 @@ class DeviceReducers(Reducer):
         super().__init__(device, compiled)
         self._each = {one: Reducer(one, compiled) for one in devices}
 
-    def square_sums(self, tensors: Iterable[Tensor]) -> Tensor:
-        """See `Reducer.square_sums`."""
-        listed = list(tensors)
+    def _square_sums(self, listed: list[Tensor]) -> Tensor:
         return self._joined(listed, {d: r.square_sums(_of(d, listed)) for d, r in self._each.items()})
 
-    def dot_products(self, lefts: Iterable[Tensor], rights: Iterable[Tensor]) -> Tensor:
-        """See `Reducer.dot_products`; both of a pair are on one device."""
-        a, b = list(lefts), list(rights)
-        return self._joined(a, {d: r.dot_products(_of(d, a), _of(d, b)) for d, r in self._each.items()})
+    def _dot_products(self, xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+        return self._joined(xs, {d: r.dot_products(_of(d, xs), _of(d, ys)) for d, r in self._each.items()})
 
-    def nonnegative(self, tensors: Iterable[Tensor], thresholds: Tensor | None) -> Tensor:
-        """See `Reducer.nonnegative`."""
-        listed = list(tensors)
+    def _nonnegative(self, listed: list[Tensor], thresholds: Tensor | None) -> Tensor:
         results = {}
         for device, reducer in self._each.items():
             mine = [i for i, x in enumerate(listed) if x.device == device]

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from optwatch.kernels import Place
 from optwatch.statistics import Reducer, block_size
 
 
@@ -216,14 +217,16 @@ def entries(value: Stored) -> int:
     return value.numel() if isinstance(value, Tensor) else value.entries
 
 
-def square_sums(reducer: Reducer, values: Sequence[Stored]) -> Tensor:
+def square_sums(reducer: Reducer, values: Sequence[Stored], out: Place | None = None) -> Tensor:
     """Σx² of each moment: shape ``(n,)``, in the reducer's dtype and on its device. Never waits for the device."""
     plain = [x for x in values if isinstance(x, Tensor)]
-    sums = reducer.square_sums(plain)
     if len(plain) == len(values):
-        return sums
-    each = iter(sums.unbind())
-    return torch.stack([next(each) if isinstance(x, Tensor) else x.square_sum(reducer) for x in values])
+        return reducer.square_sums(plain, out)
+    each = iter(reducer.square_sums(plain).unbind())
+    sums = torch.stack([next(each) if isinstance(x, Tensor) else x.square_sum(reducer) for x in values])
+    if out is not None:
+        out.write(sums)
+    return sums
 
 
 def dot_products(reducer: Reducer, lefts: Sequence[Tensor], rights: Sequence[Stored]) -> Tensor:
@@ -238,23 +241,33 @@ def dot_products(reducer: Reducer, lefts: Sequence[Tensor], rights: Sequence[Sto
 
 
 def products(
-    reducer: Reducer, gradients: Sequence[Tensor], positions: Sequence[int], moments: Sequence[Stored]
-) -> tuple[Tensor, Tensor]:
-    """Σg² of each gradient, shape ``(n,)``, and Σg², Σg·m and Σm² of those at ``positions`` with their moments, shape
-    ``(3, k)``."""
+    reducer: Reducer,
+    gradients: Sequence[Tensor],
+    positions: Sequence[int],
+    moments: Sequence[Stored],
+    out: tuple[Place, Place],
+) -> None:
+    """Write Σg² of each gradient, shape ``(n,)``, and Σg², Σg·m and Σm² of those at ``positions`` with their moments,
+    shape ``(3, k)``."""
     if not any(isinstance(m, Compact) for m in moments):
-        return reducer.products(gradients, positions, moments)  # type: ignore[arg-type]  # none is compact
+        reducer.products(gradients, positions, moments, out)  # type: ignore[arg-type]  # none is compact
+        return
     squares = reducer.square_sums(gradients)
     each = squares.unbind()
+    own = torch.stack([each[i] for i in positions])
     dots = dot_products(reducer, [gradients[i] for i in positions], moments)
-    return squares, torch.stack([torch.stack([each[i] for i in positions]), dots, square_sums(reducer, moments)])
+    others = square_sums(reducer, moments)
+    out[0].write(squares)
+    out[1].write(torch.stack([own, dots, others]))
 
 
-def nonnegative(reducer: Reducer, values: Sequence[Stored], thresholds: Tensor | None) -> Tensor:
-    """Σx, max x and #{x < threshold} of each moment: shape ``(3, n)``. ``thresholds`` has shape ``(n,)``, float64."""
+def nonnegative(reducer: Reducer, values: Sequence[Stored], thresholds: Tensor | None, out: Place) -> None:
+    """Write Σx, max x and #{x < threshold} of each moment: shape ``(3, n)``. ``thresholds`` has shape ``(n,)``,
+    float64."""
     plain = [i for i, x in enumerate(values) if isinstance(x, Tensor)]
     if len(plain) == len(values):
-        return reducer.nonnegative(values, thresholds)  # type: ignore[arg-type]  # all are tensors
+        reducer.nonnegative(values, thresholds, out)  # type: ignore[arg-type]  # all are tensors
+        return
     chosen = None if thresholds is None else torch.stack([thresholds[i] for i in plain]) if plain else None
     each = iter(reducer.nonnegative([values[i] for i in plain], chosen).unbind(1))  # type: ignore[misc]
     limits = [None] * len(values) if thresholds is None else [x.reshape(1) for x in thresholds.unbind()]
@@ -262,7 +275,7 @@ def nonnegative(reducer: Reducer, values: Sequence[Stored], thresholds: Tensor |
         next(each) if isinstance(x, Tensor) else x.nonnegative(reducer, limit)
         for x, limit in zip(values, limits, strict=True)
     ]
-    return torch.stack(columns, dim=1)
+    out.write(torch.stack(columns, dim=1))
 
 
 def aligned(moment: Stored, gradient: Tensor) -> bool:
