@@ -65,7 +65,7 @@ generate: $(VENV)/.dev
 
 # Every optimizer of every package against its definition; the tests run a sample.
 optimizers: $(VENV)/.dev
-	OPTWATCH_ALL_OPTIMIZERS=1 $(BIN)/python -m pytest tests/agent/test_optimizers.py
+	OPTWATCH_ALL_OPTIMIZERS=1 $(BIN)/python -m pytest tests/agent/state/test_optimizers.py
 
 # Every optimizer in every way of training; the tests train a covering part. About an hour of two cores: SLICE=3/32 is a
 # part of it. What is done stays in build/matrix and is not done again.

@@ -19,8 +19,8 @@ import torch
 from torch import nn, optim
 
 from optwatch.audit import AT_ATTACH, Subject
-from optwatch.layers import find_model
 from optwatch.memory.forecast import forecast
+from optwatch.training.layers import find_model
 
 RESULTS = Path(__file__).with_name("results") / "attach.md"
 

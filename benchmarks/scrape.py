@@ -24,10 +24,10 @@ from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app
 from prometheus_client.core import Metric as Family
 from torch import nn
 
-from optwatch.exporter import Exporter
-from optwatch.exposition import Exposition
+from optwatch.export.exporter import Exporter
+from optwatch.export.exposition import Exposition
+from optwatch.export.table import Table
 from optwatch.faults import Faults
-from optwatch.table import Table
 
 RESULTS = Path(__file__).with_name("results") / "scrape.md"
 SERIES = (200, 2000, 20_000)

@@ -18,7 +18,7 @@ DOCUMENT = ROOT / "docs" / "optimizers.md"
 
 def proof() -> ModuleType:
     """The module of the tests that runs and compares."""
-    sys.path.insert(0, str(ROOT / "tests" / "agent"))
+    sys.path.insert(0, str(ROOT / "tests" / "agent" / "state"))
     from optimizer_proof import page  # type: ignore[import-not-found]  # of the tests, which are no package
 
     module: ModuleType = page

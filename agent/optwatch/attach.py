@@ -79,7 +79,7 @@ def attach(
     from torch.nn import Module
     from torch.optim import Optimizer as TorchOptimizer
 
-    from . import run as runs
+    from .lifecycle import run as runs
     from .monitor import Monitor, attached
     from .parallel import deepspeed
     from .state.wrappers import hookable

@@ -14,34 +14,35 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import failures, taps
-from .activations import Activations
-from .batches import BATCH_ID
-from .checkpoints import Checkpoint, Written
-from .detection import Detection
-from .devices import Device
-from .ending import ENDING, Outcome
+from .delivery.reporter import Reporter
+from .delivery.uploads import Recorder
 from .events import Event
-from .exporter import Exporter
+from .export.devices import Device
+from .export.exporter import Exporter
+from .export.sinks import Latest, Sink, TableSink
+from .export.table import Table
 from .faults import Faults
-from .host import Host, Logged
-from .layers import found_models
-from .losses import Losses
+from .host.batches import BATCH_ID
+from .host.detection import Detection
+from .host.restraint import Pace
+from .host.targets import TargetWatch
+from .host.thread import Host, Logged
+from .lifecycle import failures
+from .lifecycle.checkpoints import Checkpoint, Written
+from .lifecycle.ending import ENDING, Outcome
+from .lifecycle.preflight import Preflight
+from .lifecycle.run import Run, optimizer_names
 from .memory import exhausted
-from .preflight import Preflight
-from .readings import first_parameter
-from .reporter import Reporter
-from .restraint import Pace
 from .resume.audit import Audit
-from .run import Run, optimizer_names
 from .settings import Settings, Target
-from .sinks import Latest, Sink, TableSink
-from .table import Table
-from .taps import MicroBatch
-from .targets import TargetWatch
-from .transfer import Arrival, host_place
-from .uploads import Recorder
-from .watch import Watch
+from .training import taps
+from .training.activations import Activations
+from .training.layers import found_models
+from .training.losses import Losses
+from .training.readings import first_parameter
+from .training.taps import MicroBatch
+from .training.transfer import Arrival, host_place
+from .training.watch import Watch
 
 logger = logging.getLogger("optwatch")
 Status = Literal["succeeded", "failed", "cancelled"]

@@ -13,9 +13,9 @@ from urllib.request import urlopen
 import pytest
 import torch
 
+from optwatch.delivery.reporter import Reporter
 from optwatch.detectors import NonFiniteDetector, SpikeDetector
 from optwatch.faults import Faults
-from optwatch.reporter import Reporter
 
 STEPS = 250
 

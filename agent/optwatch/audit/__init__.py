@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from optwatch.events import Event
+from optwatch.export.table import Table
 from optwatch.record import StepRecord
-from optwatch.table import Table
 
 from . import hyperparameters, membership, steps
 from .rule import Finding, Rule, Rules

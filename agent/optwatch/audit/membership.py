@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from optwatch.layers import trained
-from optwatch.living import living
+from optwatch.training.layers import trained
+from optwatch.training.living import living
 
 from .rule import Rules, Said
 from .subject import Group, Subject, tied

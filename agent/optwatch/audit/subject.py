@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from optwatch.layers import named_modules
 from optwatch.parallel.placement import in_model
+from optwatch.training.layers import named_modules
 
 Role = Literal["norm", "bias", "embedding", "weight"]
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, _NormBase)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from optwatch.attribution import Origin, origin
 from optwatch.events import Event
+from optwatch.host.attribution import Origin, origin
 from optwatch.record import StepRecord
 
 QUIET_STEPS = 10

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from optwatch import Monitor, attach
-from optwatch.living import living
+from optwatch.training.living import living
 
 from . import reported
 

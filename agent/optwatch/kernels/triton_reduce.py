@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optwatch.transfer import Arrival, host_place, sent
+from optwatch.training.transfer import Arrival, host_place, sent
 
 from .cuts import BLOCK, HEADER, Cut, Form
 from .triton_code import chunks, totals

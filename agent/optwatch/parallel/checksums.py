@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from optwatch import state
 from optwatch.resume.digest import CPU_BLOCK, Digester, parts
-from optwatch.rows import Layout
-from optwatch.sampling import Schedule
-from optwatch.transfer import Arrival, Moment, host_place
+from optwatch.training.rows import Layout
+from optwatch.training.sampling import Schedule
+from optwatch.training.transfer import Arrival, Moment, host_place
 
 from . import placement
 

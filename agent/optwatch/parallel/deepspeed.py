@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optwatch import closures, taps
-from optwatch.living import living
+from optwatch.training import closures, taps
+from optwatch.training.living import living
 
 from .placement import Part
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from optwatch.living import living
 from optwatch.state import Stored
+from optwatch.training.living import living
 
 from . import store
 

@@ -18,11 +18,11 @@ from zlib import crc32
 import torch
 
 from optwatch.faults import Faults
+from optwatch.host.rotation import BEFORE_STEP
+from optwatch.host.unpack import Unpacker
 from optwatch.record import StepRecord
-from optwatch.rotation import BEFORE_STEP
-from optwatch.rows import EVERY_STEP, SAMPLED, Row
 from optwatch.settings import Settings
-from optwatch.unpack import Unpacker
+from optwatch.training.rows import EVERY_STEP, SAMPLED, Row
 
 from . import store, totals, world
 from .group import Forming, Group, LostError

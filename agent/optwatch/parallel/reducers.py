@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from optwatch.statistics import Reducer
+from optwatch.training.statistics import Reducer
 
 
 class DeviceReducers(Reducer):

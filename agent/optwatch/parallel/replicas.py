@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optwatch.events import Event
-from optwatch.rows import Layout, Row
+from optwatch.training.rows import Layout, Row
 
 from . import differences, telling
 from .differences import Mismatch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from optwatch.rows import HEADER, Row
+from optwatch.training.rows import HEADER, Row
 
 from . import totals
 from .world import World

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from optwatch.rotation import ROTATING
-from optwatch.rows import EVERY_STEP, HEADER, SAMPLED, Row
+from optwatch.host.rotation import ROTATING
+from optwatch.training.rows import EVERY_STEP, HEADER, SAMPLED, Row
 
 from .group import Group
 from .world import World

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optwatch import layers
-from optwatch.rows import Layout
+from optwatch.training import layers
+from optwatch.training.rows import Layout
 
 from .group import Group
 

@@ -15,12 +15,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from optwatch import layers
 from optwatch.events import Event
 from optwatch.faults import Faults
+from optwatch.lifecycle.run import Run
 from optwatch.record import StepRecord
-from optwatch.run import Run
-from optwatch.watch import Watch
+from optwatch.training import layers
+from optwatch.training.watch import Watch
 
 from . import generators, sidecar
 from .compare import Comparison, compare

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optwatch.statistics import Reducer
+from optwatch.training.statistics import Reducer
 
 CPU_BLOCK = 65_536
 """Words of a block on a CPU: half a megabyte of int64, which stays in a core's cache."""

@@ -16,10 +16,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from optwatch import layers
-from optwatch.client import finite
-from optwatch.living import living
-from optwatch.transfer import Arrival, host_place
+from optwatch.delivery.client import finite
+from optwatch.training import layers
+from optwatch.training.living import living
+from optwatch.training.transfer import Arrival, host_place
 
 from . import generators
 from .digest import NUMBERS, Digest, Digester, digest, parts

@@ -2,7 +2,7 @@
 
 A reader is found by the optimizer's class, or the known class that it derives from, by name: no package is imported for
 it. A class that is not known has no moments for us, since a number read under a wrong name would be worse than none. To
-add an optimizer, add a row to its package's table and a definition to ``tests/agent/optimizers``.
+add an optimizer, add a row to its package's table and a definition to ``tests/agent/state/optimizer_proof``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Moments that are not one tensor of their parameter's shape, and reductions over them that allocate no such tensor.
 
-Each form yields its numbers in pieces of at most one block of `optwatch.statistics`, or reduces what it keeps as it is.
+Each form yields its numbers in pieces of at most one block of `training.statistics`, or reduces what it keeps as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optwatch.kernels import Place
-from optwatch.statistics import Reducer, block_size
+from optwatch.training.statistics import Reducer, block_size
 
 
 class Compact(ABC):

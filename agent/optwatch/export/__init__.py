@@ -1,0 +1,1 @@
+"""The latest values, and how Prometheus gets them."""

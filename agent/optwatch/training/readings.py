@@ -1,0 +1,299 @@
+"""What is read of one set of an optimizer's parameters, their gradients and moments: on the training thread.
+
+It launches reductions and writes what they give into a row. Nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from optwatch import state
+from optwatch.parallel import deepspeed, placement, store
+from optwatch.parallel.checksums import Checks
+from optwatch.parallel.reducers import DeviceReducers
+from optwatch.record import Source
+from optwatch.settings import Settings
+from optwatch.state.reader import Reader
+
+from . import layers, rows
+from .sampling import Schedule
+from .statistics import Reducer
+from .transfer import numbers, sent
+from .update import SPREAD, Update
+
+
+class Readings:
+    """Reads one set of parameters, and is replaced by another when that set changes: see `of`.
+
+    Args:
+        optimizer: whose parameters they are, as they are now.
+        name: what the run calls it.
+        model: names the parameters, where it is known.
+        reader: where the optimizer keeps its moments.
+        say_once: told of a reason for which something is not exported.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        name: str,
+        model: nn.Module | None,
+        reader: Reader,
+        settings: Settings,
+        say_once: Callable[[Exception], None],
+    ) -> None:
+        self.shape = _shape(optimizer)
+        self.taken_over = False
+        """Whether DeepSpeed steps copies of these parameters instead of them."""
+        self.state_shape: tuple[int, ...] = ()
+        """What the bytes of the optimizer's state were last counted of; nothing where they are to be counted anew."""
+        self._optimizer = optimizer
+        self._name = name
+        self._reader = reader
+        self._say_once = say_once
+        groups = optimizer.param_groups
+        device = first_parameter(optimizer).device
+        parameters = [p for group in groups for p in group["params"]]
+        parts: list[placement.Part] = []
+        try:
+            if deepspeed.owner_of(optimizer) is not None:
+                raise deepspeed.TakenOverError(name)
+            parts = placement.describe(parameters)
+        except NotImplementedError as error:  # their statistics would be wrong: then none are exported
+            self.taken_over = isinstance(error, deepspeed.TakenOverError)
+            say_once(error)
+            parameters = []
+        compiled = settings.kernel == "auto"
+        devices = list(dict.fromkeys(p.device for p in parameters)) or [device]
+        self.reducer = Reducer(device, compiled) if len(devices) == 1 else DeviceReducers(devices, compiled)
+        names = layers.parameter_names(optimizer, model)[: len(parameters)]
+        self.layout = rows.Layout(
+            names=names,
+            layers=layers.group_layers(names, settings.max_layers),
+            sizes=[placement.size(p) for p in parameters],
+            groups=[g for g, group in enumerate(groups) for _ in group["params"]],
+            group_count=len(groups),
+            device=self.reducer.device,
+            parts=parts,
+            partitioned=state.is_sharded(optimizer),
+        )
+        self._parameters = parameters
+        self._cut = [p for p in parameters if type(p) not in placement.PLAIN]
+        self._on_device = any(found.type != "cpu" for found in devices)
+        self.schedule = Schedule(self.layout.sizes, settings.sample_every)
+        self.ring = rows.Ring(self.layout, settings.ring_rows)
+        budget = settings.update_scratch_bytes if len(devices) == 1 else 0
+        spread = SPREAD * settings.sample_every
+        self.update = Update(parameters, self.reducer, budget, spread) if budget else None
+        every = settings.rank_check_every
+        self.checks = Checks(self.layout, parameters, every) if every and store.world() is not None else None
+        self._was_finite = True
+
+    def of(self, optimizer: Optimizer) -> bool:
+        """Whether these are still the optimizer's parameters: none has been added, and they have not moved."""
+        return self.shape == _shape(optimizer)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether this rank may hold but a part of some parameter."""
+        return bool(self._cut)
+
+    def gradients(self, wanted: set[int] | None = None) -> tuple[list[int], list[Tensor]]:
+        """The parameters that have a gradient, ascending, and what this rank holds of it; only those whose ``id`` is
+        `wanted` where that is given."""
+        gradients = [p.grad if wanted is None or id(p) in wanted else None for p in self._parameters]
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        held = [gradient for gradient in gradients if gradient is not None]
+        return present, [placement.local(gradient) for gradient in held] if self._cut else held
+
+    def read_gradients(self, row: rows.Row, due: Sequence[int], wanted: set[int] | None = None) -> bool:
+        """Reduce the gradients into the row, beside the first moments that are `due`; those read before for the same
+        step are replaced. Whether they could be read without waiting.
+
+        Where `wanted` is given, only those of the parameters with such an ``id`` are read, and join those read before.
+        """
+        present, gradients = self.gradients(wanted)
+        if self._on_device and any(map(_waits, gradients)):
+            self._say_once(SparseGradientError(self._name))
+            return False
+        row.partial_gradients = not all(p.grad is None or placement.summable(p) for p in self._cut)
+        indices, at, moments = self._moments_before(due, present, gradients)
+        behind = wanted is not None
+        with self.reducer.together():
+            squares = row.place(("gradient",), present, behind)
+            if moments:
+                pairs = row.place(("dot_gradient", "dot", "moment_before"), indices, behind)
+                state.products(self.reducer, gradients, at, moments, (squares, pairs))
+            else:
+                self.reducer.square_sums(gradients, squares)
+        return True
+
+    def _moments_before(
+        self, due: Sequence[int], present: list[int], gradients: list[Tensor]
+    ) -> tuple[list[int], list[int], list[state.Stored]]:
+        """The first moments that are due of those whose product with the gradient has a meaning: their parameters, the
+        positions of their gradients, and themselves."""
+        held = state.holder(self._optimizer).state
+        all_present = len(present) == len(self._parameters)
+        indices: list[int] = []
+        positions: list[int] = []
+        moments: list[state.Stored] = []
+        for i in due:
+            at = i if all_present else bisect_left(present, i)
+            if at == len(present) or present[at] != i:
+                continue
+            moment = self._first(held.get(self._parameters[i], {}), self._parameters[i])
+            if moment is not None and state.aligned(moment, gradients[at]):
+                indices.append(i)
+                positions.append(at)
+                moments.append(moment)
+        return indices, positions, moments
+
+    def _first(self, entry: Mapping[str, Any], parameter: Tensor) -> state.Stored | None:
+        """What this rank holds of the first moment."""
+        return placement.held(self._reader.first(entry, parameter), parameter)
+
+    def _second(self, entry: Mapping[str, Any], parameter: Tensor) -> state.Stored | None:
+        return placement.held(self._reader.second(entry, parameter), parameter)
+
+    def breaks(self, row: rows.Row) -> bool:
+        """Whether loss or gradients are not finite for the first time, where reading them waits for no device."""
+        if row.values.device.type != "cpu":
+            return False
+        # Lists: every operation of torch's takes longer than adding up hundreds of numbers.
+        known = row.values[:1].tolist() if row.micro_batches else []
+        if "gradient" in row.measured:
+            known += row.layout.section(row.values, "gradient")[: _count(row, "gradient")].tolist()
+        was_finite, self._was_finite = self._was_finite, math.isfinite(sum(known))
+        return was_finite and not self._was_finite
+
+    def broken_state(self) -> list[tuple[Source, list[int], Tensor]]:
+        """Moments and weights that are not finite before the step: those that the forward pass was computed with. The
+        step itself makes all of them NaN, so that nobody can tell afterwards."""
+        held = state.holder(self._optimizer).state
+        weights = list(enumerate(map(placement.local, self._parameters)))
+        moments = [(i, self._first(held.get(p, {}), p)) for i, p in enumerate(self._parameters)]
+        moments += [(i, self._second(held.get(p, {}), p)) for i, p in enumerate(self._parameters)]
+        known = [(i, moment) for i, moment in moments if moment is not None]
+        found: list[tuple[Source, list[int], Tensor]] = [
+            ("moment", [i for i, _ in known], state.square_sums(self.reducer, [moment for _, moment in known])),
+            ("weight", [i for i, _ in weights], self.reducer.square_sums(weight for _, weight in weights)),
+        ]
+        return [broken for broken in found if not bool(torch.isfinite(broken[2]).all())]
+
+    def read_state(self, row: rows.Row, due: list[int]) -> None:
+        """Reduce the weights and moments of the parameters that are `due` into the row, after the step."""
+        weights = [self._parameters[i] for i in due]
+        held = state.holder(self._optimizer).state
+        entries = [held.get(p, {}) for p in weights]
+        self.reducer.square_sums(map(placement.local, weights) if self._cut else weights, row.place(("weight",), due))
+        indices, _, firsts = self._known(self._reader.first, due, weights, entries)
+        if firsts:
+            state.square_sums(self.reducer, firsts, row.place(("first_moment",), indices))
+        indices, entries, seconds = self._known(self._reader.second, due, weights, entries)
+        if seconds:
+            row.second_sizes = [state.entries(x) for x in seconds]
+            counts = self._step_counts(row, indices, entries)
+            thresholds = None if counts is None else self._thresholds(row, indices, counts)
+            place = row.place(("second_sum", "second_max", "second_below"), indices)
+            state.nonnegative(self.reducer, seconds, thresholds, place)
+
+    def _known(
+        self,
+        read: Callable[[Mapping[str, Any], Tensor], state.Stored | None],
+        due: list[int],
+        weights: list[Tensor],
+        entries: list[Mapping[str, Any]],
+    ) -> tuple[list[int], list[Mapping[str, Any]], list[state.Stored]]:
+        """What this rank holds of a moment: of which parameters, the optimizer's entries for these, and the moments."""
+        moments = [read(entry, p) for entry, p in zip(entries, weights, strict=True)]
+        if self._cut:
+            moments = [placement.held(moment, p) for moment, p in zip(moments, weights, strict=True)]
+        known = [moment for moment in moments if moment is not None]
+        if len(known) == len(due):
+            return due, entries, known
+        there = [moment is not None for moment in moments]
+        return list(compress(due, there)), list(compress(entries, there)), known
+
+    def _step_counts(self, row: rows.Row, indices: list[int], entries: list[Mapping[str, Any]]) -> Tensor | None:
+        """The steps t of the bias correction, where each of these parameters has one: shape ``(k,)``, float64, where
+        they are kept. They go into the row."""
+        groups = [self._optimizer.param_groups[row.layout.groups[i]] for i in indices]
+        each = map(self._reader.count, entries, groups)
+        known = [count for count in each if count is not None]
+        if len(known) != len(indices):
+            return None
+        counts = torch.stack(known).to(torch.float64)
+        if counts.device.type == "cpu":
+            row.step_counts = counts
+        else:
+            row.place(("step_count",), indices).write(counts)
+        return counts
+
+    def complete(self, row: rows.Row) -> None:
+        """What a row has of all parameters that completes a rotation."""
+        if self.update is not None:
+            row.place(("update", "update_weight"), self.schedule.everything).write(self.update.sums())
+        if (shape := state.extent(self._optimizer, self._reader.grows)) != self.state_shape:
+            self.state_shape = shape
+            row.state_bytes = state.state_bytes(self._optimizer)
+
+    def _thresholds(self, row: rows.Row, indices: list[int], counts: Tensor) -> Tensor | None:
+        """The v below which the step's root is below its ε, for each parameter: float64, where the step counts are.
+
+        √(v / (1 − β₂ᵗ)) < ε, or √v < ε where the bias is corrected after ε has been added.
+        """
+        groups = [row.layout.groups[i] for i in indices]
+        betas, epsilons = [row.betas2[g] for g in groups], [row.epsilons[g] for g in groups]
+        if None in betas or None in epsilons:
+            return None
+        squares = [epsilon**2 for epsilon in epsilons]  # type: ignore[operator]  # none is None
+        if counts.device.type == "cpu" and not row.late_correction:
+            each = zip(squares, betas, counts.tolist(), strict=True)
+            squares = [(1 - beta**count) * square for square, beta, count in each]
+        squared = torch.tensor(squares, dtype=torch.float64, device="cpu")
+        if counts.device.type == "cpu" or row.late_correction:
+            return squared
+        beta2 = numbers(betas, torch.float64, counts.device)  # type: ignore[arg-type]  # none is None
+        return (1 - beta2**counts) * sent(squared, counts.device)
+
+
+class SparseGradientError(RuntimeError):
+    """The norm of a sparse gradient cannot be had without waiting for its device."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name} has sparse gradients on a device: adding up their duplicate rows would make training wait, so its "
+            "gradient norms are not exported. Use Embedding(sparse=False) to have them"
+        )
+
+
+def _waits(gradient: Tensor) -> bool:
+    """Whether reading it would wait for its device, which coalescing does to learn how many rows are left."""
+    return gradient.is_sparse and gradient.device.type != "cpu" and not gradient.is_coalesced()
+
+
+def first_parameter(optimizer: Optimizer) -> Tensor:
+    """The first parameter of any group. An optimizer has at least one, but not in every group."""
+    first: Tensor = next(p for group in optimizer.param_groups for p in group["params"])
+    return first
+
+
+def _shape(optimizer: Optimizer) -> tuple[object, ...]:
+    """What changes when parameters are added, replaced, or moved."""
+    first = first_parameter(optimizer)
+    return first.device, id(first), *(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _count(row: rows.Row, section: str) -> int:
+    """How many parameters a section of a row holds."""
+    measured = row.measured[section]
+    return len(row.layout.names) if measured is None else len(measured)

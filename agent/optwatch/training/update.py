@@ -1,0 +1,209 @@
+"""The measured update: how far a step really moved the weights, from copies of them taken just before it.
+
+No formula of an optimizer is trusted: decay, clipping, momentum, orthogonalisation and rounding to bf16 are all in what
+the weights became. A copy of every weight would double their memory, so the copies have a fixed budget of bytes, and
+what it cannot hold at once is measured in turn: a *rotation* goes over all elements, one *window* of the budget's size
+at a step. Each element's change is within one step and exact; those of different windows are of different steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optwatch.kernels import Place
+from optwatch.parallel.placement import PLAIN, local
+
+from .statistics import Reducer, flat
+from .transfer import numbers
+
+ALIGNMENT = 16
+"""Bytes: the copy of a slice begins at a multiple, as its dtype and vectorised kernels need."""
+SPREAD = 4
+"""Rotations over weights and moments in which one over updates is made where the copies have no room for all weights:
+copying and comparing moves four bytes for each that a norm reads."""
+NOT_MEASURED = -1.0
+"""Stands for a sum of squares that is not known yet: no sum of squares is negative. NaN would be one that is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of elements of one parameter, and the place of its copy."""
+
+    parameter: int
+    start: int
+    stop: int
+    offset: int
+    """Of the copy, in bytes from the scratch's beginning."""
+
+
+def plan(sizes: Sequence[int], item_bytes: Sequence[int], budget: int, spread: int) -> list[list[Slice]]:
+    """Windows of slices that together hold every element once, in the order of the parameters.
+
+    Everything is one window where it fits the budget. Otherwise a window has the size of an equal share of `spread`
+    steps, or of the budget where that is smaller, so that measuring one at every step reads no more than measuring
+    everything every `spread` steps would.
+
+    Args:
+        sizes: elements of each parameter.
+        item_bytes: bytes of an element of each.
+        budget: most bytes of copies at a time, ``ALIGNMENT`` or more.
+        spread: steps over which a rotation is spread at least.
+    """
+    held = [_aligned(size * width) for size, width in zip(sizes, item_bytes, strict=True)]
+    room = budget // ALIGNMENT * ALIGNMENT
+    if sum(held) > room:
+        room = min(room, _aligned(math.ceil(sum(held) / spread)))
+    windows: list[list[Slice]] = [[]]
+    used = 0
+    for parameter, (size, width) in enumerate(zip(sizes, item_bytes, strict=True)):
+        start = 0
+        while start < size:
+            if used == room:
+                windows.append([])
+                used = 0
+            stop = min(size, start + (room - used) // width)
+            windows[-1].append(Slice(parameter, start, stop, used))
+            used += _aligned((stop - start) * width)
+            start = stop
+    return windows
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Update:
+    """Measures the updates of one list of parameters. Never waits for the device.
+
+    `before` is called ahead of a step and `after` behind it. Making one copies its plan to the device. The scratch is
+    allocated at the first step, and is all that is kept: ``budget`` bytes at most, beside two numbers for each slice.
+
+    Args:
+        parameters: dense tensors on the reducer's device; of a DTensor its local shard is measured. Read at each step.
+        budget: bytes.
+        spread: see `plan`.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], reducer: Reducer, budget: int, spread: int) -> None:
+        self._parameters = parameters
+        self._reducer = reducer
+        self._budget = budget
+        self._spread = spread
+        self._begin_rotation()
+
+    def _begin_rotation(self) -> None:
+        dtypes = [_dtype(p) for p in self._parameters]
+        self._dtypes = dtypes
+        sizes = [flat(local(p)).numel() for p in self._parameters]
+        self.windows = plan(sizes, [dtype.itemsize for dtype in dtypes], self._budget, self._spread)
+        slices = [piece for window in self.windows for piece in window]
+        owners = [piece.parameter for piece in slices]
+        self._whole = owners == list(range(len(dtypes)))
+        device = self._reducer.device
+        self._owners = numbers(owners, torch.int64, device)
+        self._latest = torch.full((2, len(slices)), NOT_MEASURED, dtype=self._reducer.dtype, device=device)
+        """By slice: the sum of the squares of its change, and of its weights after that step."""
+        ends = [piece.offset + (piece.stop - piece.start) * dtypes[piece.parameter].itemsize for piece in slices]
+        self._used = max(ends, default=0)
+        self._plans = [
+            self._reducer.new_plan([piece.stop - piece.start for piece in window]) for window in self.windows
+        ]
+        self._scratch: Tensor | None = None
+        self._places: list[list[Tensor]] = [[] for _ in self.windows]
+        self._members = [[self._parameters[piece.parameter] for piece in window] for window in self.windows]
+        self._views: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in self.windows]
+        self._next = 0
+        self._copies: list[Tensor] | None = None
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the weights do not fit the budget, so that a window is to be measured at every step."""
+        return len(self.windows) > 1
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes held for copies."""
+        return 0 if self._scratch is None else self._scratch.numel()
+
+    def before(self) -> None:
+        """Copy the weights of the next window. A copy whose step raised is forgotten, and a rotation begins anew where
+        a parameter of the window has become another dtype."""
+        pieces = self._pieces()
+        if any(piece.dtype != self._dtypes[place.parameter] for piece, place in zip(pieces, self._window, strict=True)):
+            self._begin_rotation()
+            pieces = self._pieces()
+        if self._scratch is None:
+            self._scratch = torch.empty(self._used, dtype=torch.uint8, device=self._reducer.device)
+        self._copies = None
+        copies = self._places[self._next]
+        if not copies:  # made once: a view costs more than copying a small tensor does
+            copies += [self._place(piece) for piece in self._window]
+        if copies:
+            torch._foreach_copy_(copies, pieces, non_blocking=True)
+        self._copies = copies
+
+    def after(self, skipped: Tensor | None = None) -> None:
+        """Compare the weights with their copies, and go on to the next window. Nothing where no copy was taken.
+
+        ``skipped`` is a 0-d tensor on the device, above 0 where the optimizer has skipped the step: then what was
+        measured of this window before stays.
+        """
+        copies, self._copies = self._copies, None
+        if copies is None:
+            return
+        first = sum(map(len, self.windows[: self._next]))
+        latest = self._latest[:, first : first + len(copies)]
+        compared = copies, self._pieces(), self._plans[self._next]
+        if skipped is None:
+            self._reducer.changes(*compared, out=Place(latest))
+        else:
+            latest.copy_(torch.where(skipped > 0, latest, self._reducer.changes(*compared)))
+        self._next = (self._next + 1) % len(self.windows)
+
+    def sums(self) -> Tensor:
+        """Sums of squares by parameter, of its change and of its weights after the step: shape ``(2, n)``, float64.
+
+        `NOT_MEASURED` for a parameter of which some element has not been measured yet.
+        """
+        if self._whole:
+            return self._latest
+        result = torch.zeros(2, len(self._parameters), dtype=self._reducer.dtype, device=self._reducer.device)
+        result.index_add_(1, self._owners, self._latest)
+        missing = torch.zeros_like(result).index_add_(1, self._owners, (self._latest < 0).to(result))
+        return result.masked_fill_(missing > 0, NOT_MEASURED)
+
+    @property
+    def _window(self) -> list[Slice]:
+        return self.windows[self._next]
+
+    def _pieces(self) -> list[Tensor]:
+        """The slices of the window, as the parameters are now: one-dimensional views. They are kept while the
+        parameters stay where they are: making one takes ten times as long as asking for an address."""
+        members = self._members[self._next]
+        where = list(map(Tensor.data_ptr, members)) if PLAIN.issuperset(map(type, members)) else []
+        known, pieces = self._views[self._next]
+        if where and where == known:
+            return pieces
+        pieces = []
+        for parameter, piece in zip(members, self._window, strict=True):
+            elements = flat(local(parameter))
+            whole = piece.stop - piece.start == elements.numel()
+            pieces.append(elements if whole else elements[piece.start : piece.stop])
+        self._views[self._next] = (where, pieces)
+        return pieces
+
+    def _place(self, piece: Slice) -> Tensor:
+        assert self._scratch is not None  # noqa: S101 - allocated by `before`
+        dtype = self._dtypes[piece.parameter]
+        size = (piece.stop - piece.start) * dtype.itemsize
+        return self._scratch[piece.offset : piece.offset + size].view(dtype)
+
+
+def _dtype(parameter: Tensor) -> torch.dtype:
+    """Of its elements as they are copied: complex numbers are pairs of reals."""
+    return parameter.dtype.to_real() if parameter.is_complex() else parameter.dtype

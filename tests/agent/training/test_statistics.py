@@ -1,0 +1,218 @@
+"""Sums of any tensor equal a float64 oracle, and are not finite exactly where an element is not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optwatch import kernels
+from optwatch.kernels import Place
+from optwatch.training.statistics import CPU_BLOCK, Plan, Reducer, flat
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATHS = pytest.mark.parametrize("compiled", [False, True], ids=["torch", "kernel"])
+
+
+def reducer_of(compiled: bool) -> Reducer:
+    """A reducer whose path is certain: the kernel is there before it is asked."""
+    if compiled:
+        kernels.prepare().join()
+        assert kernels.kernel() is not None
+    return Reducer(CPU, compiled)
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
+    # A sum of products of both signs may be near 0: its rounding is that of its terms, which are below 1e6 in sum.
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-9, equal_nan=True)
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 2, 63, 1000, CPU_BLOCK - 1, CPU_BLOCK, CPU_BLOCK + 1, 150_000]), max_size=9)
+)
+def test_sums_of_any_mixture_of_sizes_equal_the_oracle(compiled: bool, dtype: torch.dtype, sizes: list[int]) -> None:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    others = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    reducer = reducer_of(compiled)
+    assert_close(reducer.square_sums(tensors), _stack([x.double().square().sum() for x in tensors]))
+    assert torch.allclose(
+        reducer.dot_products(tensors, others),
+        _stack([(x.double() * y.double()).sum() for x, y in zip(tensors, others, strict=True)]),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+    squares = [x.square() for x in tensors]
+    limits = torch.full((len(sizes),), 0.25, dtype=torch.float64)
+    sums, largest, below = reducer.nonnegative(squares, limits)
+    assert_close(sums, _stack([x.double().sum() for x in squares]))
+    assert_close(
+        largest, _stack([x.double().max() if len(x) else torch.zeros((), dtype=torch.float64) for x in squares])
+    )
+    assert_close(below, _stack([(x.double() < 0.25).sum().double() for x in squares]))
+    paired = [i for i in range(len(sizes)) if i % 3]
+    pairs = [(tensors[i], others[i]) for i in paired]
+    first, (own, dots, second) = reducer.products(tensors, paired, [y for _, y in pairs])
+    assert_close(first, reducer.square_sums(tensors))
+    assert_close(dots, _stack([_dot(x, y) for x, y in pairs]))
+    assert_close(own, _stack([_dot(x, x) for x, _ in pairs]))
+    assert_close(second, _stack([_dot(y, y) for _, y in pairs]))
+    moved, weights = reducer.changes(others, tensors, reducer.new_plan(sizes))
+    assert_close(weights, first)
+    assert_close(moved, _stack([_dot(change, change) for change in map(_difference, tensors, others)]))
+
+
+@pytest.fixture
+def requests() -> list[tuple[str, Any]]:
+    """Lists of every kind, with tensors that no kernel reads as they lie."""
+    generator = torch.Generator().manual_seed(4)
+    matrix = torch.randn(300, 200, generator=generator)
+    xs = [matrix, torch.randn(7, generator=generator), torch.randn(0), matrix.t()]
+    return [
+        ("square_sums", (xs,)),
+        ("square_sums", ([],)),
+        ("products", (xs, [1, 0], [torch.ones(7), matrix * 2])),
+        ("nonnegative", ([x.square() for x in xs[:3]], torch.full((3,), 0.5, dtype=torch.float64))),
+        ("nonnegative", ([xs[0].square()], None)),
+        ("changes", ([xs[1]], [xs[1] * 3], Plan([7], CPU))),
+    ]
+
+
+def shapes(results: Any) -> Any:
+    """Results as a tuple of tensors, whatever the method gives."""
+    return results if isinstance(results, tuple) else (results,)
+
+
+@PATHS
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_is_asked_for_together_is_what_each_alone_gives(compiled: bool, dense: bool, requests: Any) -> None:
+    reducer = reducer_of(compiled)
+    if dense:
+        requests = [(name, ([x for x in lists[0] if x.is_contiguous()], *lists[1:])) for name, lists in requests]
+    want = [shapes(getattr(reducer, name)(*arguments)) for name, arguments in requests]
+    # Rows of a wider table, as in a row of a step.
+    tables = [[torch.full((*x.shape[:-1], x.shape[-1] + 3), -7.0, dtype=torch.float64) for x in each] for each in want]
+    written: list[tuple[int, int]] = []
+    with reducer.together():
+        for i, (name, arguments) in enumerate(requests):
+            places = [
+                Place(table[..., 1 : 1 + x.shape[-1]], lambda i=i, j=j: written.append((i, j)))  # type: ignore[misc]
+                for j, (table, x) in enumerate(zip(tables[i], want[i], strict=True))
+            ]
+            getattr(reducer, name)(*arguments, out=tuple(places) if len(places) > 1 else places[0])
+    for table, x in zip([t for each in tables for t in each], [x for each in want for x in each], strict=True):
+        count = x.shape[-1]
+        assert_close(table[..., 1 : 1 + count], x)  # cut into other spans
+        assert set(table[..., [0, -2, -1]].flatten().tolist()) == {-7.0}
+    assert sorted(written) == [(i, j) for i, each in enumerate(want) for j in range(len(each))]
+
+
+@PATHS
+def test_what_cannot_be_read_costs_nothing_else_that_was_asked_for_with_it(compiled: bool) -> None:
+    reducer = reducer_of(compiled)
+    outs, written = torch.zeros(3, dtype=torch.float64), []
+    places = [Place(outs[i : i + 1], lambda i=i: written.append(i)) for i in range(3)]  # type: ignore[misc]
+
+    def ask() -> None:
+        with reducer.together():
+            for place, x in zip(
+                places, (torch.tensor(2.0), torch.ones(2, 2).to_mkldnn(), torch.tensor(3.0)), strict=True
+            ):
+                reducer.square_sums([x], place)
+
+    with pytest.raises(RuntimeError):
+        ask()
+    # Without a kernel each is read when it is asked for, and training's hook ends at the second.
+    assert written == ([0, 2] if compiled else [0])
+    assert outs.tolist() == ([4, 0, 9] if compiled else [4, 0, 0])
+
+
+def _difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x.double() - y.double()
+
+
+def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x.double() * y.double()).sum()
+
+
+def _stack(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(values) if values else torch.zeros(0, dtype=torch.float64)
+
+
+@PATHS
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last),
+        torch.randn(30, 20).t(),
+        torch.randn(30, 20)[::2, ::3],
+        torch.randn(7).expand(9, 7),
+        torch.randn(5, 6, dtype=torch.complex64),
+        torch.tensor(3.5),
+        torch.randn(0, 4),
+    ],
+    ids=["channels last", "transposed", "strided", "expanded", "complex", "scalar", "empty"],
+)
+def test_a_tensor_of_any_layout_is_read_once_and_whole(compiled: bool, tensor: torch.Tensor) -> None:
+    want = tensor.abs().double().square().sum().reshape(1)
+    assert torch.allclose(reducer_of(compiled).square_sums([tensor]), want, rtol=1e-6)
+
+
+def test_dense_layouts_are_read_without_a_copy() -> None:
+    for tensor in (torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last), torch.randn(30, 20).t()):
+        assert flat(tensor).data_ptr() == tensor.data_ptr()
+
+
+@PATHS
+def test_a_sparse_gradient_counts_its_coalesced_values(compiled: bool) -> None:
+    sparse = torch.sparse_coo_tensor(
+        torch.tensor([[0, 0, 2]]), torch.tensor([1.0, 2.0, 4.0]), (5,), check_invariants=True
+    )
+    assert reducer_of(compiled).square_sums([sparse]).item() == 9 + 16
+
+
+@PATHS
+def test_a_norm_that_would_overflow_in_float32_is_finite(compiled: bool) -> None:
+    huge = torch.full((100_000,), 3e19)
+    assert reducer_of(compiled).square_sums([huge]).item() == pytest.approx(1e5 * float(huge[0]) ** 2)
+
+
+@PATHS
+@pytest.mark.parametrize("size", [10, CPU_BLOCK + 10])
+def test_a_sum_is_not_finite_exactly_where_an_element_is_not(compiled: bool, size: int) -> None:
+    clean = torch.full((size,), torch.finfo(torch.float32).max)
+    infinite, nan, both = clean.clone(), clean.clone(), clean.clone()
+    infinite[-1], nan[0], both[0], both[-1] = math.inf, math.nan, math.inf, math.nan
+    got = reducer_of(compiled).square_sums([clean, infinite, nan, both])
+    assert [str(x) for x in got.isfinite().tolist()] == ["True", "False", "False", "False"]
+    assert got[1].isinf()
+    assert got[2].isnan()
+    assert got[3].isnan()
+    sums, largest, _ = reducer_of(compiled).nonnegative([clean, infinite, nan], None)
+    assert sums.isfinite().tolist() == largest.isfinite().tolist() == [True, False, False]
+
+
+@PATHS
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_of_64_million_elements_is_exact_to_1e_9(compiled: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(64 * 2**20, generator=torch.Generator().manual_seed(1)).to(dtype)
+    want = sum(part.double().square().sum().item() for part in x.split(2**20))
+    assert reducer_of(compiled).square_sums([x]).item() == pytest.approx(want, rel=1e-9)
+
+
+def test_nothing_of_the_size_of_a_parameter_is_allocated() -> None:
+    reducer = Reducer(CPU)
+    x = torch.randn(4 * 2**20)
+    reducer.square_sums([x])
+    reducer.nonnegative([x.square()], torch.zeros(1, dtype=torch.float64))
+    held = [value for value in vars(reducer).values() if isinstance(value, torch.Tensor)]
+    assert sum(value.numel() * value.element_size() for value in held) <= 2 * 8 * CPU_BLOCK + CPU_BLOCK
