@@ -9,10 +9,14 @@ from torch import Tensor
 
 from optwatch.training.rows import HEADER, Layout, Row
 
-BEFORE_STEP = ("dot", "dot_gradient", "moment_before")
+BEFORE_STEP = ("dot_gradient", "dot", "moment_before")
 """Sections of a gradient, which a skipped step has none of worth."""
 ROTATING = (*BEFORE_STEP, "weight", "first_moment", "second_sum", "second_max", "second_below", "step_count")
-"""Sections of which a row holds only the parameters that were due."""
+"""Sections of which a row holds only the parameters that were due, in the order in which a row has them."""
+
+
+SCALED = {"dot_gradient": 2, "dot": 1}
+"""Powers of the gradient's scale that sections of it have."""
 
 
 class Rotation:
@@ -20,9 +24,12 @@ class Rotation:
 
     def __init__(self) -> None:
         self._layout: Layout | None = None
-        self._latest: dict[str, Tensor] = {}
-        self._unknown: dict[str, Tensor] = {}
-        """Which have not been measured yet, while there are any."""
+        self._latest: Tensor
+        """Shape ``(len(ROTATING), n)``, float64."""
+        self._known: Tensor
+        """Which of them have been measured, bool."""
+        self._met: dict[str, bool] = {}
+        """Sections that have been measured of any parameter, and whether of all, as far as has been looked."""
         self._second_sizes: dict[int, int] = {}
 
     def join(self, row: Row, skipped: bool) -> None:
@@ -33,7 +40,10 @@ class Rotation:
         row.joined = True
         if row.layout is not self._layout:
             self._layout = row.layout
-            self._latest, self._unknown, self._second_sizes = {}, {}, {}
+            shape = len(ROTATING), len(row.layout.names)
+            self._latest = torch.zeros(shape, dtype=torch.float64)
+            self._known = torch.zeros(shape, dtype=torch.bool)
+            self._met, self._second_sizes = {}, {}
         self._keep(row, skipped)
         for name in ROTATING:
             row.measured.pop(name, None)
@@ -46,32 +56,46 @@ class Rotation:
             indices = row.measured["second_sum"]
             everything = range(len(row.layout.names))
             self._second_sizes.update(zip(everything if indices is None else indices, row.second_sizes, strict=True))
-        for name in ROTATING:
-            if name == "step_count" and row.step_counts is not None:
-                self._set(name, row, positions_of(row, "second_sum"), row.step_counts)
-            elif name in row.measured and not (skipped and name in BEFORE_STEP):
-                positions = positions_of(row, name)
-                values = row.layout.section(row.values, name)[: len(positions)].to(torch.float64)
-                if row.has_grad_scale and name in ("dot", "dot_gradient"):  # each step has a scale of its own
-                    values = values / float(row.values[HEADER.index("grad_scale")]) ** (1 if name == "dot" else 2)
-                self._set(name, row, positions, values)
+            if row.step_counts is not None:
+                self._set(len(ROTATING) - 1, row, "second_sum", row.step_counts.view(1, -1))
+        # Sections side by side of which the same parameters were measured are kept at once: each operation of torch's
+        # takes longer than its numbers do.
+        names = [name for name in ROTATING if name in row.measured and not (skipped and name in BEFORE_STEP)]
+        while names:
+            first = ROTATING.index(names[0])
+            alike = 1
+            while alike < len(names) and names[alike] == ROTATING[first + alike]:
+                if row.measured[names[alike]] is not row.measured[names[0]]:
+                    break
+                alike += 1
+            count = len(positions_of(row, names[0]))
+            values = row.layout.places(row.values, names[:alike], 0, count).view(alike, count).to(torch.float64)
+            if row.has_grad_scale and names[0] in SCALED:  # each step has a scale of its own
+                scale = float(row.values[HEADER.index("grad_scale")])
+                powers = torch.tensor([SCALED.get(name, 0) for name in names[:alike]], dtype=torch.float64)
+                values = values / scale ** powers[:, None]
+            self._set(first, row, names[0], values)
+            del names[:alike]
 
-    def _set(self, name: str, row: Row, positions: Tensor, values: Tensor) -> None:
-        if name not in self._latest:
-            self._latest[name] = torch.zeros(len(row.layout.names), dtype=torch.float64)
-            self._unknown[name] = torch.ones(len(row.layout.names), dtype=torch.bool)
-        self._latest[name].index_copy_(0, positions, values.to(torch.float64))
-        if name in self._unknown:
-            self._unknown[name].index_fill_(0, positions, False)
+    def _set(self, first: int, row: Row, name: str, values: Tensor) -> None:
+        """Keep the numbers of some sections, from the `first` on, which were measured of the same parameters as `name`:
+        shape ``(sections, k)``."""
+        positions = positions_of(row, name)
+        last = first + len(values)
+        self._latest[first:last].index_copy_(1, positions, values)
+        if not all(self._met.get(section, False) for section in ROTATING[first:last]):
+            self._known[first:last].index_fill_(1, positions, True)
+            for section in ROTATING[first:last]:
+                self._met.setdefault(section, False)
 
     def _give(self, row: Row) -> None:
-        for name, latest in self._latest.items():
-            unknown = self._unknown.get(name)
-            if unknown is not None and not bool(unknown.any()):
-                unknown = None
-                del self._unknown[name]
-            indices = None if unknown is None else (~unknown).nonzero().flatten().tolist()
-            values = latest if unknown is None else latest[~unknown]
+        for at, name in enumerate(ROTATING):
+            if name not in self._met:
+                continue
+            latest, known = self._latest[at], self._known[at]
+            self._met[name] = self._met[name] or bool(known.all())
+            indices = None if self._met[name] else known.nonzero().flatten().tolist()
+            values = latest if indices is None else latest[known]
             if name == "step_count":
                 row.step_counts = values.clone()
             else:

@@ -110,7 +110,8 @@ def _section(row: Row, name: str) -> tuple[Tensor, Tensor] | None:
 
 def _by_layer(row: Row, positions: Tensor, values: Tensor) -> Tensor:
     sums = torch.zeros(len(row.layout.layer_names), dtype=torch.float64)
-    return sums.index_add_(0, row.layout.layer_index[positions], values)
+    index = row.layout.layer_index
+    return sums.index_add_(0, index if positions is row.layout.positions else index[positions], values)
 
 
 def _norm(squares: Tensor) -> float:
@@ -121,15 +122,17 @@ def _gradients(row: Row, record: StepRecord, scale: float) -> None:
     if (measured := _section(row, "gradient")) is None:
         return
     positions, squares = measured
-    squares = squares / scale**2
+    if scale != 1:
+        squares = squares / scale**2
     if record.skipped:
         if record.skipped != "overflow":  # which is a scaler's search, no incident
             record.nonfinite.extend(_nonfinite(row, "gradient", positions, squares))
         return
     record.grad_norm = _norm(squares)
     record.layer_grad_norm = _by_layer(row, positions, squares).sqrt_().tolist()
-    norms = torch.full((len(row.layout.names),), -math.inf, dtype=torch.float64)
-    norms[positions] = squares.sqrt()
+    norms = squares.sqrt()
+    if positions is not row.layout.positions:
+        norms = torch.full((len(row.layout.names),), -math.inf, dtype=torch.float64).index_copy_(0, positions, norms)
     record.parameter_grad_norm = norms.tolist()
     if (before := _section(row, "gradient_before_clip")) is not None:
         unclipped = torch.zeros(len(row.layout.names), dtype=torch.float64)
@@ -217,8 +220,16 @@ def _updates(row: Row, record: StepRecord) -> None:
             record.update_ratio = record.update_norm / size
 
 
+STATE = ("weight", "first_moment", "second_sum")
+"""Sections side by side that tell whether weights and moments are finite."""
+
+
 def _nonfinite_state(row: Row) -> list[NonFinite]:
     """NaN and Inf in the moments and weights that the row holds."""
+    if all(name in row.measured and row.measured[name] is row.measured[STATE[0]] for name in STATE):
+        numbers = row.layout.places(row.values, STATE, 0, len(positions_of(row, STATE[0])))
+        if _is_finite(numbers.to(torch.float64)):  # the usual step: one sum instead of three
+            return []
     found = []
     sources: tuple[tuple[Source, tuple[str, ...]], ...] = (
         ("moment", ("first_moment", "second_sum")),

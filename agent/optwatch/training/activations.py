@@ -84,11 +84,12 @@ class Activations:
         """What came in since the last claim, which starts on its way to the host; where nothing did, as before."""
         if self._labels:
             self._fold()
-            on_host = [_place(chunk) for chunk in self._chunks]
-            arrivals = []
-            for chunk, place in zip(self._chunks, on_host, strict=True):
-                with torch.cuda.device_of(chunk):  # type: ignore[no-untyped-call]  # on whose stream it was made
-                    arrivals.append(Arrival(chunk, place))
+            on_host, arrivals = list(self._chunks), []
+            for i, chunk in enumerate(self._chunks):
+                if chunk.device.type != "cpu":
+                    on_host[i] = host_place(chunk.numel(), chunk.dtype, chunk.device).view(chunk.shape)
+                    with torch.cuda.device_of(chunk):  # type: ignore[no-untyped-call]  # on whose stream it was made
+                        arrivals.append(Arrival(chunk, on_host[i]))
             self._claimed = Trace(self._labels, on_host, arrivals, self._gradients)
             self._labels, self._chunks = [], []
         return self._claimed
@@ -210,13 +211,6 @@ class _Probe:
             self._handle = self._module.register_forward_hook(self._hook)
         elif self._handle is not None:
             self._handle.remove()
-
-
-def _place(chunk: Tensor) -> Tensor:
-    """Where it is read on the host: itself, if it is there already."""
-    if chunk.device.type == "cpu":
-        return chunk
-    return host_place(chunk.numel(), chunk.dtype, chunk.device).view(chunk.shape)
 
 
 def _tensors(value: Any, depth: int) -> Iterator[Any]:
