@@ -114,7 +114,8 @@ class Trainer:
             torch.cuda.synchronize()
 
     def attach(self, sample_every: int) -> Monitor:
-        settings = Settings(address="127.0.0.1", sample_every=sample_every)
+        # Kept from reading less than it is asked to: figures are of this cadence.
+        settings = Settings(address="127.0.0.1", sample_every=sample_every, overhead_budget=1.0)
         return attach(self.optimizer, model=self.model, port=0, settings=settings)
 
 
