@@ -24,7 +24,7 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
-from optwatch_server.local import Local, local
+from optwatch_server.local.everything import Local, local
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results") / "time_to_page.md"

@@ -18,10 +18,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from optwatch_server.local import local
-from optwatch_server.receiver import Receiver, text
-from optwatch_server.serving import serving
-from optwatch_server.stack import Stack, StackError
+from optwatch_server.local.everything import local
+from optwatch_server.local.receiver import Receiver, text
+from optwatch_server.local.serving import serving
+from optwatch_server.local.stack import Stack, StackError
 
 TRAINING = Path(__file__).with_name("train_transformer.py")
 BREAKS = {"nan": ("TrainingNonFinite", "the learning rate is set to 1e20 at step {step}")}

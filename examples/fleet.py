@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from optwatch_server.local import local
-from optwatch_server.receiver import Receiver
-from optwatch_server.stack import free_port
+from optwatch_server.local.everything import local
+from optwatch_server.local.receiver import Receiver
+from optwatch_server.local.stack import free_port
 
 RUN = Path(__file__).with_name("fleet_run.py")
 EXPECTED: dict[str, set[str]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from optwatch_server.rules import rules
-from optwatch_server.slo import load
+from optwatch_server.objectives.rules import rules
+from optwatch_server.objectives.slo import load
 
 ALERTS = Path(__file__).resolve().parent.parent / "alerts"
 

@@ -14,14 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from optwatch_server.api import api_routes
-from optwatch_server.health import health_routes
-from optwatch_server.limits import BodyLimit
-from optwatch_server.metrics import RequestMetrics
-from optwatch_server.pages import Pages, page_routes
-from optwatch_server.problems import Problem, from_validation, wants_page
-from optwatch_server.report import review_routes
-from optwatch_server.service import Service
+from .metrics.endpoint import RequestMetrics
+from .review.report import review_routes
+from .service import Service
+from .web.api import api_routes
+from .web.health import health_routes
+from .web.limits import BodyLimit
+from .web.pages import Pages, page_routes
+from .web.problems import Problem, from_validation, wants_page
 
 
 def create_app(service: Service, *, sweep: bool = True) -> FastAPI:

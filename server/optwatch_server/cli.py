@@ -13,11 +13,11 @@ import threading
 import uvicorn
 from sqlalchemy.exc import SQLAlchemyError
 
-from optwatch_server.app import create_app
-from optwatch_server.database import ENVIRONMENT, Database, default_url
-from optwatch_server.migration import migrate
-from optwatch_server.service import Service
-from optwatch_server.settings import (
+from .app import create_app
+from .database.engine import ENVIRONMENT, Database, default_url
+from .database.migration import migrate
+from .service import Service
+from .settings import (
     ALERTMANAGER_ENVIRONMENT,
     GRAFANA_ENVIRONMENT,
     PUBLIC_ENVIRONMENT,

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from optwatch_server.database import Database
-from optwatch_server.fleet import Fleet
-from optwatch_server.metrics import Requests, ServerCollector
-from optwatch_server.pager import Pager
-from optwatch_server.settings import Settings
-from optwatch_server.shipped import shipped
-from optwatch_server.store import Store, default_url
-from optwatch_server.sweeper import Sweeper
+from .database.engine import Database
+from .metrics.endpoint import Requests, ServerCollector
+from .metrics.fleet import Fleet
+from .paging.pager import Pager
+from .runs.store import Store, default_url
+from .runs.sweeper import Sweeper
+from .settings import Settings
+from .shipped import shipped
 
 
 class Service:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from optwatch_server.configuration import GRAFANA, SERVER
+from .shipping.configuration import GRAFANA, SERVER
 
 ALERTMANAGER_ENVIRONMENT = "OPTWATCH_ALERTMANAGER_URL"
 PUBLIC_ENVIRONMENT = "OPTWATCH_PUBLIC_URL"

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator
 
-from optwatch_server.numbers import Number, clean_json, clean_text
+from .web.numbers import Number, clean_json, clean_text
 
 SCHEMA = 1
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"

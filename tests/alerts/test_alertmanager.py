@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from optwatch_server.receiver import Receiver
-from optwatch_server.stack import ALERTMANAGER, Process, find
+from optwatch_server.local.receiver import Receiver
+from optwatch_server.local.stack import ALERTMANAGER, Process, find
 
 SHIPPED = Path(__file__).resolve().parents[2] / "alerts" / "alertmanager.yaml"
 WAITS = {"30s": "3s", "15s": "3s", "1s": "1s"}

@@ -22,7 +22,7 @@ from tests.alerts import lint
 
 import optwatch.catalogue
 import optwatch_server.catalogue
-from optwatch_server.stack import PROMETHEUS, Process, find
+from optwatch_server.local.stack import PROMETHEUS, Process, find
 
 RUNBOOKS = lint.load(Path(__file__).resolve().parents[2] / "runbooks")
 QUERIES = [(name, query) for name, text in RUNBOOKS.items() for query in lint.fences(text, "promql")]

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 import optwatch_server.catalogue
-from optwatch_server.rules import rules
-from optwatch_server.slo import load
+from optwatch_server.objectives.rules import rules
+from optwatch_server.objectives.slo import load
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "alerts" / "rules" / "slo.yaml"

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from optwatch_server.local import local
-from optwatch_server.receiver import Receiver
-from optwatch_server.stack import Stack
+from optwatch_server.local.everything import local
+from optwatch_server.local.receiver import Receiver
+from optwatch_server.local.stack import Stack
 
 ROOT = Path(__file__).parents[2]
 

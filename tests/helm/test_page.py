@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from tests.helm.conftest import Render
 
-from optwatch_server.serving import serving
+from optwatch_server.local.serving import serving
 
 
 @pytest.fixture(scope="module")

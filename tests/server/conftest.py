@@ -19,8 +19,8 @@ import uvicorn
 from sqlalchemy import create_engine, text
 
 from optwatch_server.app import create_app
-from optwatch_server.database import Database
-from optwatch_server.migration import migrate
+from optwatch_server.database.engine import Database
+from optwatch_server.database.migration import migrate
 from optwatch_server.service import Service
 from optwatch_server.settings import Settings
 

@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from optwatch_server.configuration import GRAFANA, SERVER
 from optwatch_server.settings import Settings
+from optwatch_server.shipping.configuration import GRAFANA, SERVER
 
 
 def test_without_an_environment_nothing_is_paged_directly_and_links_are_those_of_the_rules() -> None:

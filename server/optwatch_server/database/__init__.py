@@ -1,0 +1,1 @@
+"""The database: tables, migrations, and what SQLite and PostgreSQL spell differently."""

@@ -1,0 +1,1 @@
+"""What Prometheus scrapes: the server's own health, and the fleet."""

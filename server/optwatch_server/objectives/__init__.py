@@ -1,0 +1,1 @@
+"""Service level objectives, and the Prometheus rules made of them."""

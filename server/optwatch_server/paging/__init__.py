@@ -1,0 +1,1 @@
+"""Pages on their way to Alertmanager, and alerts on their way back."""

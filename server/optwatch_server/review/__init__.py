@@ -1,0 +1,1 @@
+"""The weekly review, and the forms in which people get it."""

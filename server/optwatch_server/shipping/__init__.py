@@ -1,0 +1,1 @@
+"""Shipped files with one's own addresses: rules, configuration and dashboards."""
