@@ -9,11 +9,12 @@ is shuffled each round, so that whatever else the machine does falls on all alik
   quartiles. It has everything in it, and all the noise of a whole step. The agent's step waits until its host thread
   has handled the row, which training never does.
 - *its own calls*: what they take, timed by themselves, divided by the plain step. Of the agent what it exports as
-  `optwatch_agent_overhead_seconds_total`: its hooks on the training thread and its host thread, added up. Contenders
-  that work in hooks of the backward pass have none.
+  `optwatch_agent_overhead_seconds_total`: its hooks on the training thread and its host thread, added up; the hooks
+  alone are what training waits for. Contenders that work in hooks of the backward pass have none.
 
 The peers are in peers.py; those whose packages are not installed are left out and named (benchmarks/requirements.txt).
-The floor is the time to read the bytes once, at the bandwidth that this run measured.
+The floor is the time to read the bytes once, at the bandwidth that this run measured. What the agent reads is counted
+in further steps: more than the floor's bytes, since the moment before the step and the measured update are read too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from peers import Contender, installed
@@ -33,6 +36,7 @@ from torch import nn
 from torch.nn import functional
 
 from optwatch import Settings, attach, kernels
+from optwatch.training.update import Update
 
 RESULTS = Path(__file__).with_name("results") / "overhead.md"
 TOKENS = 512
@@ -93,17 +97,20 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     before_step: Callable[[], object]
     after_step: Callable[[], object]
-    own_seconds: Callable[[], float] | None
-    """In all so far; None where its calls are to be timed here, or cannot be."""
+    own_seconds: Callable[[], tuple[float, float]] | None
+    """In all so far, and of that in hooks; None where its calls are to be timed here, or cannot be."""
     timed: bool
     """Whether all it does is in `before_step`."""
     close: Callable[[], object] = nothing
     """Called once its steps are over."""
     steps: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
+    hooks: list[float] = field(default_factory=list)
+    bytes_read: float = 0
+    """By the agent, a step."""
 
     def step(self, count: bool) -> None:
-        began_own = self.own_seconds() if self.own_seconds else 0.0
+        began_own = self.own_seconds() if self.own_seconds else (0.0, 0.0)
         began = time.perf_counter()
         self.model.loss().backward()  # type: ignore[operator]
         before = time.perf_counter()
@@ -116,7 +123,9 @@ class Trainer:
         if count:
             self.steps.append(ended - began)
             if self.own_seconds:
-                self.own.append(self.own_seconds() - began_own)
+                own, hooks = self.own_seconds()
+                self.own.append(own - began_own[0])
+                self.hooks.append(hooks - began_own[1])
             elif self.timed:
                 self.own.append(read - before)
 
@@ -132,9 +141,10 @@ def optwatch(sample_every: int) -> Callable[[nn.Module, torch.optim.Optimizer], 
         settings = Settings(address="127.0.0.1", sample_every=sample_every, overhead_budget=1.0)
         monitor = attach(optimizer, model=model, port=0, settings=settings)
 
-        def seconds() -> float:
+        def seconds() -> tuple[float, float]:
             seen = monitor.snapshot()
-            return seen[f'{OVERHEAD}{{where="hook"}}'] + seen[f'{OVERHEAD}{{where="host"}}']
+            hooks = seen[f'{OVERHEAD}{{where="hook"}}']
+            return hooks + seen[f'{OVERHEAD}{{where="host"}}'], hooks
 
         return Trainer(model, optimizer, nothing, monitor.flush, seconds, timed=False, close=monitor.detach)
 
@@ -161,6 +171,37 @@ def bandwidth() -> float:
     return x.nbytes / min(seconds)
 
 
+def bytes_read(trainer: Trainer) -> float:
+    """Bytes that the agent reads and writes of tensors in a step: the mean over four rotations of ten steps."""
+    found = 0
+
+    def counts(owner: type, name: str, size: Callable[..., int]) -> Any:
+        original = getattr(owner, name)
+
+        def counted(self: Any, *arguments: Any) -> Any:
+            nonlocal found
+            result = original(self, *arguments)
+            found += size(self, *arguments)
+            return result
+
+        return patch.object(owner, name, counted)
+
+    def requested(_: Any, requests: Any) -> int:
+        return sum(x.nbytes for request in requests for x in (*request.xs, *request.ys))
+
+    def copied(update: Any) -> int:
+        return 2 * sum(x.nbytes for x in update._copies or ())
+
+    with (
+        counts(kernels.Kernel, "run", requested),
+        counts(kernels.Kernel, "largest", lambda _, x: x.nbytes),
+        counts(Update, "before", copied),
+    ):
+        for _ in range(40):
+            trainer.step(count=False)
+    return found / 40
+
+
 def measure(make: Make, seconds: float) -> dict[str, Trainer]:
     """Train all contenders in turn for about so long."""
     makers = {"plain step": plain, "optwatch, default": optwatch(10), "optwatch, everything each step": optwatch(1)}
@@ -180,6 +221,8 @@ def measure(make: Make, seconds: float) -> dict[str, Trainer]:
             trainers[name].step(count=rounds >= WARM_UP)
         rounds += 1
     for trainer in trainers.values():
+        if trainer.hooks:
+            trainer.bytes_read = bytes_read(trainer)
         trainer.close()
     return trainers
 
@@ -193,11 +236,19 @@ def table(name: str, make: Make, seconds: float) -> list[str]:
     trainers = measure(make, seconds)
     base = trainers.pop("plain step")
     step = statistics.median(base.steps)
-    read = sum(p.nbytes for p in base.model.parameters()) / bandwidth() / step
+    speed = bandwidth()
+    read = sum(p.nbytes for p in base.model.parameters()) / speed / step
     lines = [
         f"## {name}\n",
         f"Plain step {step * 1e3:.0f} ms, {len(base.steps)} rounds. Floor: gradients {100 * read:.2f}%, with a tenth "
-        f"of weights and moments {130 * read:.2f}%, gradients, weights and both moments {400 * read:.2f}%.\n",
+        f"of weights and moments {130 * read:.2f}%, gradients, weights and both moments {400 * read:.2f}%.",
+        *(
+            f"{contender}: hooks {100 * statistics.median(trainer.hooks) / step:.2f}%, "
+            f"{trainer.bytes_read / 1e6:.0f} MB a step, which take {100 * trainer.bytes_read / speed / step:.2f}%."
+            for contender, trainer in trainers.items()
+            if trainer.hooks
+        ),
+        "",
         "| | step longer by | its own calls |",
         "| --- | --- | --- |",
     ]

@@ -91,7 +91,7 @@ def test_every_example_is_scraped_and_reports_to_the_release_of_the_documentatio
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_variable_of_an_example_is_one_that_the_agent_reads(path: Path) -> None:
-    sources = "".join(file.read_text() for file in (ROOT / "agent" / "optwatch").glob("*.py"))
+    sources = "".join(file.read_text() for file in (ROOT / "agent" / "optwatch").rglob("*.py"))
     settings = re.findall(r"^    ([a-z_]+): .* = ", (ROOT / "agent" / "optwatch" / "settings.py").read_text(), re.M)
     for template in templates(load(path)):
         for one in template["spec"]["containers"][0]["env"]:

@@ -74,7 +74,7 @@ def test_the_variables_exported_are_read_by_agent_or_server() -> None:
     sources = "".join(
         path.read_text()
         for folder in ("agent/optwatch", "server/optwatch_server")
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
     )
     for command in commands("export"):
         assert f'"{command[1].split("=")[0]}"' in sources, command
