@@ -294,9 +294,9 @@ class Monitor:
         for key in self._watches:
             attached.pop(key, None)
 
-    def backward_done(self, batches: list[MicroBatch]) -> None:
+    def backward_done(self, batches: list[MicroBatch], seconds: float) -> None:
         """Called by the taps: see `taps.Listener`."""
-        self._losses.add(batches)
+        self._losses.add(batches, seconds)
 
     def clipping(self, parameters: list[Tensor]) -> None:
         """Called by the taps: see `taps.Listener`."""

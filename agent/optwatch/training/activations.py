@@ -37,6 +37,9 @@ MAX_CHUNKS = 64
 _READABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_functorch: Any = getattr(torch._C, "_functorch", None)
+_is_transformed: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda tensor: False)
+"""Whether a tensor belongs to a torch.func transform, which may not be left with it."""
 
 
 class Activations:
@@ -141,7 +144,7 @@ class Activations:
 
     def _read(self, label: str, tensor: Tensor) -> bool:
         """Launch the reduction of one tensor; whether it is of a kind that can be read."""
-        if len(self._chunks) >= MAX_CHUNKS or capturing(tensor) or _is_transformed(tensor):
+        if len(self._chunks) >= MAX_CHUNKS or _is_transformed(tensor) or capturing(tensor):
             return False
         kernel = kernels.cpu_kernel() if self._compiled and tensor.is_cpu else None
         if kernel is not None and tensor.numel() and (largest := kernel.largest(tensor)) is not None:
@@ -224,9 +227,3 @@ def _tensors(value: Any, depth: int) -> Iterator[Any]:
     elif depth >= 0 and isinstance(value, Mapping):
         for item in value.values():
             yield from _tensors(item, depth - 1)
-
-
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether it belongs to a torch.func transform, which may not be left with it."""
-    functorch = getattr(torch._C, "_functorch", None)
-    return functorch is not None and bool(functorch.is_functorch_wrapped_tensor(tensor))

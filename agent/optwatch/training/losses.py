@@ -17,9 +17,11 @@ class Losses:
     def __init__(self) -> None:
         self._pending: list[MicroBatch] = []
         self._claimed: list[MicroBatch] = []
+        self._seconds = 0.0
 
-    def add(self, batches: list[MicroBatch]) -> None:
-        """Keep the micro-batches of a backward pass."""
+    def add(self, batches: list[MicroBatch], seconds: float) -> None:
+        """Keep the micro-batches of a backward pass, at which it has taken so long to look."""
+        self._seconds += seconds
         self._pending.extend(batches)
         # A process that calls backward() without ever stepping must not grow: the oldest go.
         del self._pending[:-10_000]
@@ -29,6 +31,11 @@ class Losses:
         if self._pending:
             self._claimed, self._pending = self._pending, []
         return self._claimed
+
+    def spent(self) -> float:
+        """Seconds that looking at backward passes has taken of the training thread since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def take(self) -> list[MicroBatch]:
         """Those that came in since the last claim; empty where none did."""

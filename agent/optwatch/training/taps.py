@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ class MicroBatch:
 class Listener(Protocol):
     """Who is told. Calls come on whichever thread made them, and must not raise or wait for a device."""
 
-    def backward_done(self, batches: list[MicroBatch]) -> None:
-        """A backward pass from scalar roots has returned."""
+    def backward_done(self, batches: list[MicroBatch], seconds: float) -> None:
+        """A backward pass from scalar roots has returned; looking at these has taken so many seconds."""
 
     def clipping(self, parameters: list[Tensor]) -> None:
         """Gradients of these parameters are about to be clipped by norm."""
@@ -123,7 +124,9 @@ def _tap_backward(original: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(_thread, "depth", 0) or not _listeners or capturing(tensors):
             return original(tensors, *args, **kwargs)
         # Read before the pass frees the graph, told after it succeeded: a backward that raised trained nothing.
+        began = time.perf_counter()
         batches = _micro_batches(tensors)
+        seconds = time.perf_counter() - began
         _thread.depth = 1
         try:
             result = original(tensors, *args, **kwargs)
@@ -131,7 +134,7 @@ def _tap_backward(original: Callable[..., Any]) -> Callable[..., Any]:
             _thread.depth = 0
         if batches:
             for listener in list(_listeners):
-                listener.backward_done(batches)
+                listener.backward_done(batches, seconds)
         return result
 
     return backward

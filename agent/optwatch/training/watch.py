@@ -5,6 +5,7 @@ Nothing here waits for the device, takes a contended lock, does input or output,
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -49,6 +50,7 @@ class Watch:
         self.steps = 0
         self.dropped_rows = 0
         self.hook_seconds = 0.0
+        self._guarded_seconds = 0.0
         self.sample_next = False
         """Set by the host thread: read weights and moments at the next step, whatever the cadence."""
         self.stretch = 1
@@ -94,7 +96,8 @@ class Watch:
         self._view = optimizer if isinstance(optimizer, deepspeed.View) else None
         self._undo: list[Callable[[], None]] = []
         for stepping in filter(None, (optimizer, base)):
-            before, after = (compiling.hook(work, self._left_out) for work in (self._before_step, self._after_step))
+            hooks = map(self._measured, (self._before_step, self._after_step))
+            before, after = (compiling.hook(work, self._left_out) for work in hooks)
             self._undo.append(stepping.register_step_pre_hook(before).remove)
             self._undo.append(stepping.register_step_post_hook(after).remove)
         # No hook: bitsandbytes and wrappers have a load_state_dict of their own, which runs none.
@@ -133,7 +136,21 @@ class Watch:
         except Exception as error:  # noqa: BLE001 - never hurt the run
             self._faults.record("hook", error)
         finally:
-            self.hook_seconds += time.perf_counter() - began
+            took = time.perf_counter() - began
+            self._guarded_seconds += took
+            self.hook_seconds += took
+
+    def _measured(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook whose own time is measured as well, beside that of the guarded work in it."""
+
+        @functools.wraps(hook)
+        def measured(*arguments: Any) -> Any:
+            guarded, began = self._guarded_seconds, time.perf_counter()
+            result = hook(*arguments)
+            self.hook_seconds += time.perf_counter() - began - (self._guarded_seconds - guarded)
+            return result
+
+        return measured
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before ``step`` of the optimizer, or of the base optimizer that it steps. See `closures`."""
@@ -333,6 +350,7 @@ class Watch:
         if self._activations is not None:
             row.trace = self._activations.claim()
             self.hook_seconds += self._activations.spent()
+        self.hook_seconds += self._losses.spent()
         if batches:
             if len(batches) == 1:
                 self._written[0].copy_(batches[0].loss, non_blocking=True)
