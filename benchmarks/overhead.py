@@ -2,10 +2,11 @@
 
     python benchmarks/overhead.py [--seconds N] [--threads N] [--model NAME ...] [--write]
 
-Each contender trains its own copy of the same model on the same batches; they take turns step by step, in an order that
-is shuffled each round, so that whatever else the machine does falls on all alike. Two figures of each:
+Each contender trains its own copy of the same model on the same batches; they take turns, in an order that is shuffled
+each round, so that whatever else the machine does falls on all alike. A turn is a few steps, the first of which does
+not count: it finds the caches as the others have left them, which no step of a training does. Two figures of each:
 
-- *step longer by*: the median over rounds of its step divided by the plain step of the same round, minus one, with the
+- *step longer by*: the median of its steps divided by the plain steps of the same round, minus one, with the
   quartiles. It has everything in it, and all the noise of a whole step. The agent's step waits until its host thread
   has handled the row, which training never does.
 - *its own calls*: what they take, timed by themselves, divided by the plain step. Of the agent what it exports as
@@ -42,7 +43,9 @@ RESULTS = Path(__file__).with_name("results") / "overhead.md"
 TOKENS = 512
 WARM_UP = 12
 """Steps that are not counted: the first allocate, and weights and moments are read in rotations of ten."""
-LEAST_ROUNDS = 8
+LEAST_ROUNDS = 5
+STEPS = 3
+"""Of a turn."""
 OVERHEAD = "optwatch_agent_overhead_seconds_total"
 
 
@@ -212,13 +215,15 @@ def measure(make: Make, seconds: float) -> dict[str, Trainer]:
         trainers[name] = maker(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
     order = list(trainers)
     began, rounds = 0.0, 0
-    while rounds < WARM_UP + LEAST_ROUNDS or time.monotonic() - began < seconds:
-        if rounds == WARM_UP:
+    warm = WARM_UP // STEPS
+    while rounds < warm + LEAST_ROUNDS or time.monotonic() - began < seconds:
+        if rounds == warm:
             began = time.monotonic()
         random.shuffle(order)
         for name in order:
-            torch.manual_seed(rounds)
-            trainers[name].step(count=rounds >= WARM_UP)
+            for step in range(STEPS):
+                torch.manual_seed(rounds * STEPS + step)
+                trainers[name].step(count=rounds >= warm and step > 0)
         rounds += 1
     for trainer in trainers.values():
         if trainer.hooks:
@@ -240,7 +245,7 @@ def table(name: str, make: Make, seconds: float) -> list[str]:
     read = sum(p.nbytes for p in base.model.parameters()) / speed / step
     lines = [
         f"## {name}\n",
-        f"Plain step {step * 1e3:.0f} ms, {len(base.steps)} rounds. Floor: gradients {100 * read:.2f}%, with a tenth "
+        f"Plain step {step * 1e3:.0f} ms, {len(base.steps)} steps. Floor: gradients {100 * read:.2f}%, with a tenth "
         f"of weights and moments {130 * read:.2f}%, gradients, weights and both moments {400 * read:.2f}%.",
         *(
             f"{contender}: hooks {100 * statistics.median(trainer.hooks) / step:.2f}%, "
@@ -275,7 +280,7 @@ def main() -> None:
         f"`python benchmarks/overhead.py --seconds {options.seconds:g} --threads {options.threads}{chosen} --write` · "
         f"torch {torch.__version__} · Python {platform.python_version()} · {platform.machine()}, {options.threads} "
         f"threads, {bandwidth() / 1e9:.0f} GB/s · AdamW, {TOKENS} tokens a step (16 of the small tensors)\n",
-        "How it is measured is said at the top of overhead.py. *Longer by*: median (quartiles) over interleaved rounds,"
+        "How it is measured is said at the top of overhead.py. *Longer by*: median (quartiles) over interleaved turns,"
         " all noise of a whole step included; *its own calls*: median, timed by themselves; both against the plain "
         "step.\n",
     ]
