@@ -246,9 +246,9 @@ def table(name: str, make: Make, seconds: float) -> list[str]:
     lines = [
         f"## {name}\n",
         f"Plain step {step * 1e3:.0f} ms, {len(base.steps)} steps. Floor: gradients {100 * read:.2f}%, with a tenth "
-        f"of weights and moments {130 * read:.2f}%, gradients, weights and both moments {400 * read:.2f}%.",
+        f"of weights and moments {130 * read:.2f}%, gradients, weights and both moments {400 * read:.2f}%.\n",
         *(
-            f"{contender}: hooks {100 * statistics.median(trainer.hooks) / step:.2f}%, "
+            f"- {contender}: hooks {100 * statistics.median(trainer.hooks) / step:.2f}%, "
             f"{trainer.bytes_read / 1e6:.0f} MB a step, which take {100 * trainer.bytes_read / speed / step:.2f}%."
             for contender, trainer in trainers.items()
             if trainer.hooks
