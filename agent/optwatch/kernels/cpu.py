@@ -61,6 +61,9 @@ class Kernel:
         """Read all of these in one go, and write their numbers to their places. Releases the GIL meanwhile.
 
         False, with nothing written, where the kernel cannot read a tensor, or a pair is not of equal size.
+
+        Raises:
+            ValueError: numbers do not fit into their place.
         """
         xs = list(chain.from_iterable(request.xs for request in requests))
         ys = list(chain.from_iterable(request.ys for request in requests))
@@ -85,7 +88,7 @@ class Kernel:
                 limits.extend(known)
             places.append(positions)  # kept until they have been read
             address = positions.buffer_info()[0]
-            table.extend((KINDS[request.kind], count, *_where(request.out.numbers)))
+            table.extend((KINDS[request.kind], count, *_where(request.out.numbers, count)))
             table.extend(_pairs(request.pairs, paired, address))
             first += count
         others = array("Q", bytes(8 * len(xs))) if ys else None
@@ -142,13 +145,22 @@ def _codes(tensors: Sequence[Tensor], positions: Sequence[int] | None, count: in
     return bytes(codes)
 
 
-def _where(out: Tensor) -> tuple[int, int, int]:
-    """How many numbers of each tensor are wanted, the address of the first, and elements from one to the next."""
-    return (1, out.data_ptr(), 0) if out.dim() == 1 else (len(out), out.data_ptr(), out.stride(0))
+def _where(out: Tensor, count: int) -> tuple[int, int, int]:
+    """How many numbers of each of `count` tensors are wanted, the address of the first, and elements from one to the
+    next. Refuses what the kernel would write beyond."""
+    rows = 1 if out.dim() == 1 else len(out)
+    dense = out.dtype is torch.float64 and out.is_cpu and out.stride(-1) == 1
+    if not dense or out.dim() > 2 or rows > 3 or out.shape[-1] != count:
+        raise ValueError(
+            f"the numbers of {count} tensors do not fit into {tuple(out.shape)} of {out.dtype} on {out.device} with "
+            f"strides {out.stride()}: give float64 on the CPU, {count} in its last dimension, which is dense"
+        )
+    return rows, out.data_ptr(), 0 if out.dim() == 1 else out.stride(0)
 
 
 def _pairs(pairs: Place | None, count: int, positions: int) -> tuple[int, int, int, int]:
     """How many tensors have all three numbers wanted elsewhere, the address of their positions, and where."""
     if pairs is None:
         return 0, 0, 0, 0
-    return count, positions, pairs.numbers.data_ptr(), pairs.numbers.stride(0)
+    _, address, stride = _where(pairs.numbers, count)
+    return count, positions, address, stride

@@ -97,6 +97,28 @@ def test_what_the_kernel_cannot_read_it_leaves_alone(tensor: torch.Tensor, kerne
     assert kernel.largest(tensor) is None
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        torch.zeros(2),
+        torch.zeros(3, dtype=torch.float64),
+        torch.zeros(4, 2, dtype=torch.float64),
+        torch.zeros(4, dtype=torch.float64)[::2],
+        torch.zeros(2, dtype=torch.float64, device="meta"),
+        torch.zeros(2, 3, dtype=torch.float64).t()[:2],
+    ],
+    ids=["float32", "too long", "too many rows", "strided", "elsewhere", "transposed"],
+)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_numbers_are_not_written_beyond_their_place(place: torch.Tensor, pairs: bool, kernel: kernels.Kernel) -> None:
+    xs = [torch.ones(5), torch.ones(7)]
+    wrong, right = kernels.Place(place), kernels.Place(torch.zeros(3, 2, dtype=torch.float64))
+    request = kernels.Request("products", xs, *((right, xs) if pairs else (wrong,)), pairs=wrong if pairs else None)
+    with pytest.raises(ValueError, match=r"numbers of 2 tensors do not fit into \(.*give float64 on the CPU, 2 in its"):
+        kernel.run([request])
+    assert not right.numbers.any()
+
+
 def test_memory_that_was_given_back_or_is_too_short_is_not_read(kernel: kernels.Kernel) -> None:
     freed = torch.ones(1000)
     freed.untyped_storage().resize_(0)  # as FSDP does with the parameters of other layers
