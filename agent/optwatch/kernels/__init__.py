@@ -58,7 +58,7 @@ def prepare(device: torch.device = CPU) -> threading.Thread:
 
 def kernel(device: torch.device = CPU) -> Reduces | None:
     """The device's kernel, once it is there. Never waits."""
-    return _kernel if device.type == "cpu" else devices.kernel(device)
+    return cpu_kernel() if device.type == "cpu" else devices.kernel(device)
 
 
 def cpu_kernel() -> Kernel | None:

@@ -115,11 +115,10 @@ class Kernel:
     def largest(self, x: Tensor) -> float | None:
         """max |x| of one tensor, in a quarter of the time that its sums take: NaN where it holds a NaN, 0 for an empty
         one. None where the kernel cannot read it. Releases the GIL meanwhile."""
-        code = DTYPES.get(x.dtype)
-        plain = type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided and x.is_contiguous()
-        if code is None or not plain:
+        if not readable((x,)):
             return None
-        result: float = self._largest(x.data_ptr(), x.numel(), code, torch.get_num_threads(), self._parallel)
+        threads = torch.get_num_threads()
+        result: float = self._largest(x.data_ptr(), x.numel(), DTYPES[x.dtype], threads, self._parallel)
         return None if result < 0 else result
 
 
