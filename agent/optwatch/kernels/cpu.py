@@ -69,7 +69,8 @@ class Kernel:
         ys = list(chain.from_iterable(request.ys for request in requests))
         if not xs:
             return True
-        if not readable(xs) or not readable(ys):
+        x_types, y_types = _dtypes(xs), _dtypes(ys)
+        if x_types is None or y_types is None:
             return False
         sizes = array("q", map(Tensor.numel, xs))
         table, limits, owners, places = array("q"), array("d"), array("q"), []
@@ -102,9 +103,9 @@ class Kernel:
             table.buffer_info()[0],
             len(requests),
             pointers.buffer_info()[0],
-            _codes(xs, None, len(xs)),
+            _codes(x_types, range(len(xs)), len(xs)),
             None if others is None else others.buffer_info()[0],
-            None if others is None else _codes(ys, owners, len(xs)),
+            None if others is None else _codes(y_types, owners, len(xs)),
             sizes.buffer_info()[0],
             limits.buffer_info()[0] if limited else None,
             torch.get_num_threads(),
@@ -115,7 +116,9 @@ class Kernel:
     def largest(self, x: Tensor) -> float | None:
         """max |x| of one tensor, in a quarter of the time that its sums take: NaN where it holds a NaN, 0 for an empty
         one. None where the kernel cannot read it. Releases the GIL meanwhile."""
-        if not readable((x,)):
+        # As `readable`, in a third of its time for one tensor.
+        plain = type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided
+        if not plain or x.dtype not in DTYPES or not x.is_contiguous():
             return None
         threads = torch.get_num_threads()
         result: float = self._largest(x.data_ptr(), x.numel(), DTYPES[x.dtype], threads, self._parallel)
@@ -124,22 +127,28 @@ class Kernel:
 
 def readable(tensors: Sequence[Tensor]) -> bool:
     """Whether the kernel may read these tensors' memory: plain dense CPU tensors, contiguous, of a dtype it knows."""
-    return (
+    return _dtypes(tensors) is not None
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype] | None:
+    """The dtype of each, where all are `readable`."""
+    dtypes = list(map(_dtype, tensors))
+    plain = (
         _PLAIN.issuperset(map(type, tensors))
         and all(map(_on_cpu, tensors))
         and {torch.strided}.issuperset(map(_layout, tensors))
-        and DTYPES.keys() >= set(map(_dtype, tensors))
+        and DTYPES.keys() >= set(dtypes)
         and all(map(Tensor.is_contiguous, tensors))
     )
+    return dtypes if plain else None
 
 
-def _codes(tensors: Sequence[Tensor], positions: Sequence[int] | None, count: int) -> bytes:
-    """The dtype of each of `count` tensors, of which those at `positions` are given."""
-    dtypes = list(map(_dtype, tensors))
+def _codes(dtypes: Sequence[torch.dtype], positions: Sequence[int], count: int) -> bytes:
+    """The codes of `count` dtypes, of which those at `positions` are given."""
     if dtypes.count(dtypes[0]) == len(dtypes):
         return bytes([DTYPES[dtypes[0]]]) * count
     codes = bytearray(count)
-    for position, dtype in zip(range(count) if positions is None else positions, dtypes, strict=True):
+    for position, dtype in zip(positions, dtypes, strict=True):
         codes[position] = DTYPES[dtype]
     return bytes(codes)
 
