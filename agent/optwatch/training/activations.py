@@ -35,7 +35,7 @@ MAX_PENDING = 1024
 MAX_CHUNKS = 64
 """Most such tensors between two steps: of a process that trains without stepping, the first are kept."""
 _READABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _functorch: Any = getattr(torch._C, "_functorch", None)
 _is_transformed: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda tensor: False)
@@ -127,7 +127,7 @@ class Activations:
             return
         began = time.perf_counter()
         try:
-            tensor = next(_tensors(output, 2), None)
+            tensor = output if isinstance(output, Tensor) else next(_tensors(output, 2), None)
             if tensor is not None and self._read(label, tensor) and self._gradients and tensor.requires_grad:
                 tensor.register_hook(lambda gradient: self._gradient(label, gradient))
         except Exception as error:  # noqa: BLE001
@@ -144,7 +144,7 @@ class Activations:
 
     def _read(self, label: str, tensor: Tensor) -> bool:
         """Launch the reduction of one tensor; whether it is of a kind that can be read."""
-        if len(self._chunks) >= MAX_CHUNKS or _is_transformed(tensor) or capturing(tensor):
+        if len(self._chunks) >= MAX_CHUNKS or _is_transformed(tensor):
             return False
         kernel = kernels.cpu_kernel() if self._compiled and tensor.is_cpu else None
         if kernel is not None and tensor.numel() and (largest := kernel.largest(tensor)) is not None:
@@ -152,6 +152,8 @@ class Activations:
                 self._fold()
             self._keep(label, self._largest, largest)
             return True
+        if capturing(tensor):
+            return False
         with torch.no_grad():
             if type(tensor) not in placement.PLAIN:
                 if not hasattr(tensor, "to_local"):
@@ -196,22 +198,22 @@ class _Inert:
         return getattr, (nullcontext(), "__exit__")  # of the standard library: takes anything and returns None
 
 
-class _Probe:
+class _Probe(_Inert):
     """The hook on one module, which can be switched off."""
 
     def __init__(self, work: Callable[[nn.Module, str, Any], None], module: nn.Module, label: str) -> None:
+        super().__init__(work)
         self._module = module
+        self._label = label
         self._handle: Any = None
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not torch.compiler.is_compiling() and not _tracing():
-                work(module, label, output)
-
-        self._hook = _Inert(hook)
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and not _tracing():
+            self._work(module, self._label, output)
 
     def switch(self, on: bool) -> None:
         if on:
-            self._handle = self._module.register_forward_hook(self._hook)
+            self._handle = self._module.register_forward_hook(self)
         elif self._handle is not None:
             self._handle.remove()
 
