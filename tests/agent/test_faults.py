@@ -13,6 +13,7 @@ from urllib.request import urlopen
 import pytest
 import torch
 
+from optwatch import kernels
 from optwatch.delivery.reporter import Reporter
 from optwatch.detectors import NonFiniteDetector, SpikeDetector
 from optwatch.faults import Faults
@@ -139,6 +140,36 @@ def test_one_raising_sink_or_detector_loses_neither_the_other_sinks_nor_the_nans
     assert shown["optwatch_steps_total"] == 1
     # Both signals have a spike detector; the sink failed on the record and on the event.
     assert monitor.faults.counts == {"detector": 2, "sink": 2}
+
+
+@pytest.mark.parametrize("kernel", ["auto", "off"])
+@pytest.mark.parametrize("at", [1, 25])
+def test_a_parameter_whose_memory_is_given_back_costs_its_own_statistics_and_not_the_process(
+    watch: Any, kernel: str, at: int
+) -> None:
+    kernels.prepare().join()
+    buffer = torch.ones(3000)
+    net = torch.nn.Linear(8, 1)
+    net.register_parameter("offloaded", torch.nn.Parameter(torch.zeros(1)))
+    net.offloaded.data = buffer[1000:2000]
+    optimizer = torch.optim.AdamW(net.parameters())
+    monitor = watch(optimizer, model=net, kernel=kernel, update_scratch_bytes=2048)
+    for step in range(1, 51):
+        if step == at:
+            buffer.untyped_storage().resize_(0)
+        net(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert monitor.flush(10)
+    values = monitor.snapshot()
+    assert values["optwatch_steps_total"] == 50
+    assert values['optwatch_grad_norm{stage="at_step"}'] > 0
+    assert values["optwatch_first_moment_norm"] > 0
+    assert values['optwatch_agent_errors_total{where="hook"}'] > 0
+    # Not 0 where it was never read; else what it was when it was there.
+    assert values.get('optwatch_layer_weight_norm{layer="offloaded"}') == (
+        None if at == 1 else pytest.approx(1000**0.5)
+    )
 
 
 def test_counts_from_many_threads_add_up() -> None:

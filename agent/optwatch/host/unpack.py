@@ -197,7 +197,8 @@ def _adaptivity(row: Row, record: StepRecord, positions: Tensor, sums: Tensor, s
 
 
 def _weights(row: Row, record: StepRecord) -> None:
-    if (weights := _section(row, "weight")) is None:
+    weights = _section(row, "weight")
+    if weights is None or len(weights[0]) < len(row.layout.names):  # one that cannot be read is no 0
         return
     record.weight_norm = _norm(weights[1])
     record.layer_weight_norm = _by_layer(row, *weights).sqrt_().tolist()

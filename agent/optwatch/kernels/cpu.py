@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .plain import LOW, PLAIN, any_freed, is_freed
 from .request import Kind, Place, Request
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """Codes of reduce.c."""
 KINDS = {"products": 0, "nonnegative": 1, "changes": 2}
-_PLAIN = {Tensor, torch.nn.Parameter}
 _dtype, _layout, _on_cpu = attrgetter("dtype"), attrgetter("layout"), attrgetter("is_cpu")
 
 
@@ -93,12 +93,14 @@ class Kernel:
             table.extend(_pairs(request.pairs, paired, address))
             first += count
         others = array("Q", bytes(8 * len(xs))) if ys else None
+        pointers, y_pointers = array("Q", map(Tensor.data_ptr, xs)), array("Q", map(Tensor.data_ptr, ys))
+        if any_freed(xs, pointers) or any_freed(ys, y_pointers):
+            return False
         if others is not None:
-            for owner, size, address in zip(owners, map(Tensor.numel, ys), map(Tensor.data_ptr, ys), strict=True):
+            for owner, size, address in zip(owners, map(Tensor.numel, ys), y_pointers, strict=True):
                 if size != sizes[owner]:
                     return False
                 others[owner] = address
-        pointers = array("Q", map(Tensor.data_ptr, xs))
         status: int = self._reduce(
             table.buffer_info()[0],
             len(requests),
@@ -117,11 +119,13 @@ class Kernel:
         """max |x| of one tensor, in a quarter of the time that its sums take: NaN where it holds a NaN, 0 for an empty
         one. None where the kernel cannot read it. Releases the GIL meanwhile."""
         # As `readable`, in a third of its time for one tensor.
-        plain = type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided
+        plain = type(x) in PLAIN and x.is_cpu and x.layout is torch.strided
         if not plain or x.dtype not in DTYPES or not x.is_contiguous():
             return None
-        threads = torch.get_num_threads()
-        result: float = self._largest(x.data_ptr(), x.numel(), DTYPES[x.dtype], threads, self._parallel)
+        address, threads = x.data_ptr(), torch.get_num_threads()
+        if address < LOW and is_freed(x):
+            return None
+        result: float = self._largest(address, x.numel(), DTYPES[x.dtype], threads, self._parallel)
         return None if result < 0 else result
 
 
@@ -134,7 +138,7 @@ def _dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype] | None:
     """The dtype of each, where all are `readable`."""
     dtypes = list(map(_dtype, tensors))
     plain = (
-        _PLAIN.issuperset(map(type, tensors))
+        PLAIN.issuperset(map(type, tensors))
         and all(map(_on_cpu, tensors))
         and {torch.strided}.issuperset(map(_layout, tensors))
         and DTYPES.keys() >= set(dtypes)

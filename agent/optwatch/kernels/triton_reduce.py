@@ -21,17 +21,15 @@ from torch import Tensor
 from optwatch.training.transfer import Arrival, host_place, sent
 
 from .cuts import BLOCK, HEADER, Cut, Form
+from .plain import PLAIN, any_freed
 from .triton_code import chunks, totals
 
 ALIGNMENT = 16
 """Bytes that are loaded at once where all addresses are multiples."""
-FREED_BELOW = 1 << 38
-"""The address of a tensor whose memory was given back is its place in it: below this it is looked at closely."""
 KINDS = {"products": 0, "nonnegative": 1, "changes": 2}
 POINTED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 DTYPES = list(POINTED)
 """By code; the code of none is 0."""
-_PLAIN = {Tensor, torch.nn.Parameter}
 _CODES = {dtype: code for code, dtype in enumerate(POINTED, 1)}
 _dtype, _layout, _device = attrgetter("dtype"), attrgetter("layout"), attrgetter("device")
 
@@ -159,7 +157,7 @@ class TritonKernel:
         """Where the tensors lie; None where one of them is no plain dense tensor of this device, contiguous, of a dtype
         that the kernel knows, whose memory was not given back: to read anything else could end the process."""
         if not (
-            _PLAIN.issuperset(map(type, tensors))
+            PLAIN.issuperset(map(type, tensors))
             and {self._device}.issuperset(map(_device, tensors))
             and {torch.strided}.issuperset(map(_layout, tensors))
             and POINTED.keys() >= set(map(_dtype, tensors))
@@ -167,9 +165,7 @@ class TritonKernel:
         ):
             return None
         addresses = list(map(Tensor.data_ptr, tensors))
-        if min(addresses, default=FREED_BELOW) < FREED_BELOW and not all(map(_held, tensors)):
-            return None
-        return addresses
+        return None if any_freed(tensors, addresses) else addresses
 
     def _current(self) -> AbstractContextManager[object]:
         """Triton launches on the current device, which need not be that of the tensors."""
@@ -209,11 +205,6 @@ def launch(cut: Cut, table: Tensor, limits: Tensor | None, partial: Tensor, resu
 def _codes(tensors: Sequence[Tensor]) -> bytes:
     """The code of each tensor's dtype."""
     return bytes(map(_CODES.__getitem__, map(_dtype, tensors)))
-
-
-def _held(x: Tensor) -> bool:
-    """Whether the memory of a tensor is there: FSDP gives back that of the layers which are not in use."""
-    return x.numel() == 0 or x.untyped_storage().nbytes() >= (x.storage_offset() + x.numel()) * x.element_size()
 
 
 def _right(form: Form, pair: Sequence[Tensor]) -> list[Tensor]:

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Parameter
 
+from optwatch.kernels.plain import PLAIN
 from optwatch.state import Stored
 from optwatch.training.living import living
 
 from . import store
-
-PLAIN = frozenset({Tensor, Parameter})
-"""Classes of tensors that are whole. An attribute that is not there takes a tensor a microsecond to miss."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optwatch.kernels.plain import require_memory
 from optwatch.training.statistics import Reducer
 
 CPU_BLOCK = 65_536
@@ -150,6 +151,7 @@ def digest(dtype: torch.dtype, shape: tuple[int, ...], reading: list[int]) -> Di
 
 def _words(tensor: Tensor) -> Tensor:
     """All bytes as signed integers, in logical order; how wide they are depends on the number of bytes only."""
+    require_memory(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     flat = tensor.contiguous().reshape(-1)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from optwatch import kernels
 from optwatch.faults import Faults
 from optwatch.host.passes import BACKWARD, Trace
+from optwatch.kernels.plain import PLAIN, is_freed
 from optwatch.parallel import placement
 from optwatch.record import INPUT
 
@@ -155,12 +156,12 @@ class Activations:
         if capturing(tensor):
             return False
         with torch.no_grad():
-            if type(tensor) not in placement.PLAIN:
+            if type(tensor) not in PLAIN:
                 if not hasattr(tensor, "to_local"):
                     return False  # a fake tensor, or another that only stands for one
                 tensor = placement.local(tensor)
             readable = tensor.dtype in _READABLE and tensor.layout is torch.strided and not tensor.is_meta
-            if not readable or not tensor.numel():
+            if not readable or not tensor.numel() or is_freed(tensor):
                 return False
             # Of another device or dtype: in a tensor of its own.
             other = self._pending and (self._pending[0].device, self._pending[0].dtype) != (tensor.device, tensor.dtype)

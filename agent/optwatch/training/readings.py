@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optwatch import state
+from optwatch.kernels.plain import PLAIN
 from optwatch.parallel import deepspeed, placement, store
 from optwatch.parallel.checksums import Checks
 from optwatch.parallel.reducers import DeviceReducers
@@ -86,7 +87,7 @@ class Readings:
             partitioned=state.is_sharded(optimizer),
         )
         self._parameters = parameters
-        self._cut = [p for p in parameters if type(p) not in placement.PLAIN]
+        self._cut = [p for p in parameters if type(p) not in PLAIN]
         self._on_device = any(found.type != "cpu" for found in devices)
         self.schedule = Schedule(self.layout.sizes, settings.sample_every)
         self.ring = rows.Ring(self.layout, settings.ring_rows)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optwatch.parallel import placement
+from optwatch.kernels.plain import PLAIN
 
 from . import closures
 
@@ -37,7 +37,7 @@ class Skipping:
     def __init__(self, optimizer: Optimizer, name: str, refuse: Callable[[], bool]) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         option = f"Settings(skip_nonfinite_steps=True): {name}"
-        if any(type(p) not in placement.PLAIN for p in parameters):
+        if any(type(p) not in PLAIN for p in parameters):
             raise ValueError(f"{option} has sharded parameters, whose ranks would not skip alike: use a GradScaler")
         if closures.base_optimizer(optimizer) is not None:
             raise ValueError(f"{option} steps an optimizer of its own: give it, or leave the option out")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from optwatch import kernels
 from optwatch.kernels import Place
+from optwatch.kernels.plain import require_memory
 
 from .transfer import numbers, sent
 
@@ -46,9 +47,13 @@ def flat(tensor: Tensor) -> Tensor:
     Shape ``(numel,)``, same dtype (complex numbers as pairs of reals) and device. No copy for tensors that are dense in
     memory in any order of dimensions; only a strided or expanded one is copied. The entries of a sparse tensor are its
     coalesced values, which is what a norm needs.
+
+    Raises:
+        FreedMemoryError: it has no memory to be read.
     """
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
+    require_memory(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if not tensor.is_contiguous():

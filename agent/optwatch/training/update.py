@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from optwatch.kernels import Place
-from optwatch.parallel.placement import PLAIN, local
+from optwatch.kernels.plain import PLAIN
+from optwatch.parallel.placement import local
 
 from .statistics import Reducer, flat
 from .transfer import numbers
@@ -99,7 +100,7 @@ class Update:
     def _begin_rotation(self) -> None:
         dtypes = [_dtype(p) for p in self._parameters]
         self._dtypes = dtypes
-        sizes = [flat(local(p)).numel() for p in self._parameters]
+        sizes = [local(p).numel() * (2 if p.is_complex() else 1) for p in self._parameters]
         self.windows = plan(sizes, [dtype.itemsize for dtype in dtypes], self._budget, self._spread)
         slices = [piece for window in self.windows for piece in window]
         owners = [piece.parameter for piece in slices]

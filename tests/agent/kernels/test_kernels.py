@@ -120,10 +120,16 @@ def test_numbers_are_not_written_beyond_their_place(place: torch.Tensor, pairs: 
 
 
 def test_memory_that_was_given_back_or_is_too_short_is_not_read(kernel: kernels.Kernel) -> None:
-    freed = torch.ones(1000)
-    freed.untyped_storage().resize_(0)  # as FSDP does with the parameters of other layers
-    assert kernel.reduce("products", [freed]) is None
-    assert kernel.largest(freed) is None
+    whole = torch.ones(1000)
+    part = whole[100:]
+    whole.untyped_storage().resize_(0)  # as FSDP does with the parameters of other layers
+    for freed in (whole, part):
+        assert kernel.reduce("products", [torch.ones(3), freed]) is None
+        assert kernel.reduce("changes", [torch.ones(len(freed))], [freed]) is None
+        assert kernel.largest(freed) is None
+    sums = kernel.reduce("products", [torch.empty(0), torch.ones(2)])  # which has no memory and needs none
+    assert sums is not None
+    assert sums[0].tolist() == [0, 2]
     assert kernel.reduce("products", [torch.ones(10)], [torch.ones(9)]) is None
     assert kernel.reduce("changes", [torch.ones(10), torch.ones(3)], [torch.ones(10)], [0]) is None
     assert kernel.reduce("nonnegative", [torch.ones(10)], thresholds=torch.ones(2)) is None

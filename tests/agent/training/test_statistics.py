@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from optwatch import kernels
 from optwatch.kernels import Place
+from optwatch.kernels.plain import FreedMemoryError
 from optwatch.training.statistics import CPU_BLOCK, Plan, Reducer, flat
 
 CPU = torch.device("cpu")
@@ -133,6 +134,28 @@ def test_what_cannot_be_read_costs_nothing_else_that_was_asked_for_with_it(compi
     # Without a kernel each is read when it is asked for, and training's hook ends at the second.
     assert written == ([0, 2] if compiled else [0])
     assert outs.tolist() == ([4, 0, 9] if compiled else [4, 0, 0])
+
+
+@PATHS
+@pytest.mark.parametrize("first", [0, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_memory_that_was_given_back_is_an_error_and_not_the_end_of_the_process(
+    compiled: bool, dtype: torch.dtype, first: int
+) -> None:
+    whole = torch.ones(1000, dtype=dtype)
+    freed = whole[first:]
+    whole.untyped_storage().resize_(0)  # torch's own sums would read it all the same
+    there = torch.ones(len(freed), dtype=dtype)
+    reducer = reducer_of(compiled)
+    for read in (
+        lambda: reducer.square_sums([there, freed]),
+        lambda: reducer.dot_products([there], [freed]),
+        lambda: reducer.products([there], [0], [freed]),
+        lambda: reducer.nonnegative([freed], None),
+        lambda: reducer.changes([flat(there)], [flat(freed)], reducer.new_plan([len(freed)])),
+    ):
+        with pytest.raises(FreedMemoryError, match=r"memory of a tensor of shape \(\d+,.* given back, .*: put it back"):
+            read()
 
 
 def _difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
