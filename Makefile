@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PEERS_INSTALL := $(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check
-# One more than the cores of a small machine: tests of real servers mostly wait.
-JOBS ?= 3
+# Twice the cores of a small machine: tests of real servers mostly wait.
+JOBS ?= 4
 
 .PHONY: help demo test checkout-test wheel-test lint generate bench bench-gpu optimizers matrix packages clean
 
