@@ -23,6 +23,7 @@ from optwatch.parallel import Ranks
 from optwatch.parallel.replicas import Replicas
 from optwatch.record import StepRecord
 from optwatch.settings import Settings
+from optwatch.threads import compute_alone
 from optwatch.training.rows import Row
 from optwatch.training.transfer import Arrival
 
@@ -97,6 +98,7 @@ class Host(threading.Thread):
 
     def run(self) -> None:
         """Handle items until None comes."""
+        compute_alone()
         try:
             self._handle()
         finally:

@@ -19,6 +19,7 @@ from optwatch.events import Event
 from optwatch.faults import Faults
 from optwatch.lifecycle.run import Run
 from optwatch.record import StepRecord
+from optwatch.threads import compute_alone
 from optwatch.training import layers
 from optwatch.training.watch import Watch
 
@@ -183,6 +184,7 @@ class Audit:
         taking: Taking,
         told: list[str],
     ) -> None:
+        compute_alone()
         # Through JSON and back, as the saved one has been.
         found = Fingerprint.from_json(taking.result().as_json())
         outcome = compare(saved, found, changed_since=changed_since)
