@@ -2,16 +2,16 @@
 
     python benchmarks/overhead.py [--seconds N] [--threads N] [--model NAME ...] [--write]
 
-Each contender trains its own copy of the same model on the same batches; they take turns, in an order that is shuffled
-each round, so that whatever else the machine does falls on all alike. A turn is a few steps, the first of which does
-not count: it finds the caches as the others have left them, which no step of a training does. Two figures of each:
+One model trains all the time, and the contenders take turns in blocks of steps, in an order that is shuffled each
+round, so that whatever else the machine does falls on all alike; the agent is attached for its block and detached
+behind it. A block's first step does not count. The agent and the plain step have two blocks of ten steps a round, the
+others one of three. Two figures of each:
 
-- *step longer by*: the median of its steps divided by the plain steps of the same round, minus one, with the
-  quartiles. It has everything in it, and all the noise of a whole step. The agent's step waits until its host thread
-  has handled the row, which training never does.
-- *its own calls*: what they take, timed by themselves, divided by the plain step. Of the agent what it exports as
-  `optwatch_agent_overhead_seconds_total`: its hooks on the training thread and its host thread, added up; the hooks
-  alone are what training waits for. Contenders that work in hooks of the backward pass have none.
+- *step longer by*: its steps of a round against the plain steps of the same round, their means divided, minus one: the
+  median over rounds, with the quartiles. It has everything in it, and the noise of whole steps.
+- *its own calls*: what they take, timed by themselves, divided by the plain step; the median. Of the agent what it
+  exports as `optwatch_agent_overhead_seconds_total`: its hooks on the training thread and its host thread, added up;
+  the hooks alone are what training waits for. Contenders that work in hooks of the passes have none.
 
 The peers are in peers.py; those whose packages are not installed are left out and named (benchmarks/requirements.txt).
 The floor is the time to read the bytes once, at the bandwidth that this run measured. What the agent reads is counted
@@ -32,7 +32,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from peers import Contender, installed
+from peers import Contender, installed, nothing
 from torch import nn
 from torch.nn import functional
 
@@ -41,11 +41,15 @@ from optwatch.training.update import Update
 
 RESULTS = Path(__file__).with_name("results") / "overhead.md"
 TOKENS = 512
-WARM_UP = 12
-"""Steps that are not counted: the first allocate, and weights and moments are read in rotations of ten."""
-LEAST_ROUNDS = 5
-STEPS = 3
-"""Of a turn."""
+LEAST_ROUNDS = 4
+"""That count, behind one that does not: what is first allocates, imports and makes its files."""
+STEPS = 10
+"""Of a block of the agent, whose rotation over weights and moments takes as many by default, and of the plain step."""
+OFTEN = 2
+"""Such blocks in a round."""
+FEW_STEPS = 3
+"""Of a block of a peer."""
+PLAIN, DEFAULT, EVERYTHING = "plain step", "optwatch, default", "optwatch, everything each step"
 OVERHEAD = "optwatch_agent_overhead_seconds_total"
 
 
@@ -89,78 +93,83 @@ MODELS: dict[str, Make] = {
 }
 
 
-def nothing() -> None: ...
+class Agent(Contender):
+    """The agent, kept from reading less than it was asked to."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, sample_every: int) -> None:
+        super().__init__(begin=self._attach, end=self._detach, hooked=True)
+        self.own: list[float] = []
+        """Seconds of a step, a block each; and of these in hooks."""
+        self.hooks: list[float] = []
+        self._model, self._optimizer = model, optimizer
+        self.settings = Settings(
+            address="127.0.0.1",
+            sample_every=sample_every,
+            overhead_budget=1.0,
+            audit_silenced="decay-on-norms-and-biases,decay-on-embeddings,half-precision-weights",
+        )
+
+    def _attach(self) -> None:
+        self.monitor = attach(self._optimizer, model=self._model, port=0, settings=self.settings)
+
+    def _detach(self) -> None:
+        self.monitor.detach()
+
+    def seconds(self) -> tuple[float, float]:
+        """What its hooks, and what all of it, has taken since it was attached."""
+        assert self.monitor.flush(60)
+        seen = self.monitor.snapshot()
+        hooks = seen[f'{OVERHEAD}{{where="hook"}}']
+        return hooks, hooks + seen[f'{OVERHEAD}{{where="host"}}']
 
 
 @dataclass
-class Trainer:
-    """One contender's copy of the model: what it calls before the step, and what it says of its own time."""
+class Figures:
+    """Of one contender."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    before_step: Callable[[], object]
-    after_step: Callable[[], object]
-    own_seconds: Callable[[], tuple[float, float]] | None
-    """In all so far, and of that in hooks; None where its calls are to be timed here, or cannot be."""
-    timed: bool
-    """Whether all it does is in `before_step`."""
-    close: Callable[[], object] = nothing
-    """Called once its steps are over."""
-    steps: list[float] = field(default_factory=list)
+    longer: list[float] = field(default_factory=list)
+    """By round."""
     own: list[float] = field(default_factory=list)
+    """Seconds of a step."""
     hooks: list[float] = field(default_factory=list)
+    """Of the agent, likewise; of the others none."""
     bytes_read: float = 0
     """By the agent, a step."""
 
-    def step(self, count: bool) -> None:
-        began_own = self.own_seconds() if self.own_seconds else (0.0, 0.0)
+
+class Training:
+    """The model that trains all the time."""
+
+    def __init__(self, make: Make) -> None:
+        torch.manual_seed(0)
+        self.model = make()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+
+    def step(self, before_step: Callable[[], object]) -> tuple[float, float]:
+        """Seconds of a step, and of what is called before it."""
         began = time.perf_counter()
         self.model.loss().backward()  # type: ignore[operator]
         before = time.perf_counter()
-        self.before_step()
+        before_step()
         read = time.perf_counter()
         self.optimizer.step()
-        self.after_step()
         self.optimizer.zero_grad()
-        ended = time.perf_counter()
-        if count:
-            self.steps.append(ended - began)
-            if self.own_seconds:
-                own, hooks = self.own_seconds()
-                self.own.append(own - began_own[0])
-                self.hooks.append(hooks - began_own[1])
-            elif self.timed:
-                self.own.append(read - before)
+        return time.perf_counter() - began, read - before
 
-
-def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainer:
-    return Trainer(model, optimizer, nothing, nothing, None, timed=False)
-
-
-def optwatch(sample_every: int) -> Callable[[nn.Module, torch.optim.Optimizer], Trainer]:
-    """The agent, kept from reading less than it was asked to."""
-
-    def make(model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainer:
-        settings = Settings(address="127.0.0.1", sample_every=sample_every, overhead_budget=1.0)
-        monitor = attach(optimizer, model=model, port=0, settings=settings)
-
-        def seconds() -> tuple[float, float]:
-            seen = monitor.snapshot()
-            hooks = seen[f'{OVERHEAD}{{where="hook"}}']
-            return hooks + seen[f'{OVERHEAD}{{where="host"}}'], hooks
-
-        return Trainer(model, optimizer, nothing, monitor.flush, seconds, timed=False, close=monitor.detach)
-
-    return make
-
-
-def peer(name: str, contender: Contender) -> Callable[[nn.Module, torch.optim.Optimizer], Trainer]:
-    hooked = name.startswith("wandb")
-
-    def make(model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainer:
-        return Trainer(model, optimizer, contender(model, optimizer), nothing, None, timed=not hooked)
-
-    return make
+    def block(self, contender: Contender, steps: int, figures: Figures | None) -> list[float]:
+        """Seconds of each step of a block; its own time goes into `figures`, where it counts."""
+        contender.begin()
+        self.step(contender.before_step)
+        earlier = contender.seconds() if isinstance(contender, Agent) else None
+        taken = [self.step(contender.before_step) for _ in range(steps)]
+        if figures is not None and isinstance(contender, Agent) and earlier is not None:
+            hooks, own = (now - then for now, then in zip(contender.seconds(), earlier, strict=True))
+            figures.hooks.append(hooks / steps)
+            figures.own.append(own / steps)
+        elif figures is not None and not contender.hooked:
+            figures.own += [own for _, own in taken]
+        contender.end()
+        return [seconds for seconds, _ in taken]
 
 
 def bandwidth() -> float:
@@ -174,8 +183,8 @@ def bandwidth() -> float:
     return x.nbytes / min(seconds)
 
 
-def bytes_read(trainer: Trainer) -> float:
-    """Bytes that the agent reads and writes of tensors in a step: the mean over four rotations of ten steps."""
+def bytes_read(training: Training, agent: Agent, steps: int) -> float:
+    """Bytes that the agent reads and writes of tensors in a step: the mean over so many."""
     found = 0
 
     def counts(owner: type, name: str, size: Callable[..., int]) -> Any:
@@ -195,41 +204,48 @@ def bytes_read(trainer: Trainer) -> float:
     def copied(update: Any) -> int:
         return 2 * sum(x.nbytes for x in update._copies or ())
 
+    agent.begin()
+    training.step(nothing)
     with (
         counts(kernels.Kernel, "run", requested),
         counts(kernels.Kernel, "largest", lambda _, x: x.nbytes),
         counts(Update, "before", copied),
     ):
-        for _ in range(40):
-            trainer.step(count=False)
-    return found / 40
+        for _ in range(steps):
+            training.step(nothing)
+    agent.end()
+    return found / steps
 
 
-def measure(make: Make, seconds: float) -> dict[str, Trainer]:
-    """Train all contenders in turn for about so long."""
-    makers = {"plain step": plain, "optwatch, default": optwatch(10), "optwatch, everything each step": optwatch(1)}
-    trainers: dict[str, Trainer] = {}
-    for name, maker in {**makers, **{name: peer(name, found) for name, found in installed().items()}}.items():
-        torch.manual_seed(0)
-        model = make()
-        trainers[name] = maker(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
-    order = list(trainers)
-    began, rounds = 0.0, 0
-    warm = WARM_UP // STEPS
-    while rounds < warm + LEAST_ROUNDS or time.monotonic() - began < seconds:
-        if rounds == warm:
-            began = time.monotonic()
+def measure(make: Make, seconds: float) -> tuple[Training, float, dict[str, Figures]]:
+    """Train for about so long: the training, seconds of a plain step, and the figures of each contender."""
+    training = Training(make)
+    whole = training.model, training.optimizer
+    agents = {DEFAULT: Agent(*whole, 10), EVERYTHING: Agent(*whole, 1)}
+    contenders: dict[str, Contender] = {PLAIN: Contender(), **agents}
+    often = list(contenders)
+    contenders |= {name: peer(*whole) for name, peer in installed().items()}
+    order = [*contenders, *often * (OFTEN - 1)]
+    figures = {name: Figures() for name in contenders}
+    plain: list[float] = []
+    began, rounds = 0.0, -1
+    while rounds < LEAST_ROUNDS or time.monotonic() - began < seconds:
+        taken: dict[str, list[float]] = {name: [] for name in contenders}
         random.shuffle(order)
         for name in order:
-            for step in range(STEPS):
-                torch.manual_seed(rounds * STEPS + step)
-                trainers[name].step(count=rounds >= warm and step > 0)
+            counted = figures[name] if rounds >= 0 else None
+            taken[name] += training.block(contenders[name], STEPS if name in often else FEW_STEPS, counted)
+        if rounds < 0:
+            began = time.monotonic()
+        else:
+            plain += taken[PLAIN]
+            for name in contenders:
+                figures[name].longer.append(statistics.mean(taken[name]) / statistics.mean(taken[PLAIN]) - 1)
         rounds += 1
-    for trainer in trainers.values():
-        if trainer.hooks:
-            trainer.bytes_read = bytes_read(trainer)
-        trainer.close()
-    return trainers
+    for name, agent in agents.items():
+        # Updates take four rotations.
+        figures[name].bytes_read = bytes_read(training, agent, 4 * agent.settings.sample_every)
+    return training, statistics.median(plain), figures
 
 
 def spread(shares: list[float]) -> str:
@@ -238,29 +254,27 @@ def spread(shares: list[float]) -> str:
 
 
 def table(name: str, make: Make, seconds: float) -> list[str]:
-    trainers = measure(make, seconds)
-    base = trainers.pop("plain step")
-    step = statistics.median(base.steps)
+    training, step, figures = measure(make, seconds)
+    rounds = len(figures.pop(PLAIN).longer)
     speed = bandwidth()
-    read = sum(p.nbytes for p in base.model.parameters()) / speed / step
+    read = sum(p.nbytes for p in training.model.parameters()) / speed / step
     lines = [
         f"## {name}\n",
-        f"Plain step {step * 1e3:.0f} ms, {len(base.steps)} steps. Floor: gradients {100 * read:.2f}%, with a tenth "
+        f"Plain step {step * 1e3:.0f} ms, {rounds} rounds. Floor: gradients {100 * read:.2f}%, with a tenth "
         f"of weights and moments {130 * read:.2f}%, gradients, weights and both moments {400 * read:.2f}%.\n",
         *(
-            f"- {contender}: hooks {100 * statistics.median(trainer.hooks) / step:.2f}%, "
-            f"{trainer.bytes_read / 1e6:.0f} MB a step, which take {100 * trainer.bytes_read / speed / step:.2f}%."
-            for contender, trainer in trainers.items()
-            if trainer.hooks
+            f"- {contender}: hooks {100 * statistics.median(each.hooks) / step:.2f}%, "
+            f"{each.bytes_read / 1e6:.0f} MB a step, which take {100 * each.bytes_read / speed / step:.2f}%."
+            for contender, each in figures.items()
+            if each.hooks
         ),
         "",
         "| | step longer by | its own calls |",
         "| --- | --- | --- |",
     ]
-    for contender, trainer in trainers.items():
-        longer = [one / other - 1 for one, other in zip(trainer.steps, base.steps, strict=True)]
-        own = f"{100 * statistics.median(trainer.own) / step:.2f}%" if trainer.own else "in hooks"
-        lines.append(f"| {contender} | {spread(longer)} | {own} |")
+    for contender, each in figures.items():
+        own = f"{100 * statistics.median(each.own) / step:.2f}%" if each.own else "in hooks"
+        lines.append(f"| {contender} | {spread(each.longer)} | {own} |")
     return [*lines, ""]
 
 
@@ -280,9 +294,9 @@ def main() -> None:
         f"`python benchmarks/overhead.py --seconds {options.seconds:g} --threads {options.threads}{chosen} --write` · "
         f"torch {torch.__version__} · Python {platform.python_version()} · {platform.machine()}, {options.threads} "
         f"threads, {bandwidth() / 1e9:.0f} GB/s · AdamW, {TOKENS} tokens a step (16 of the small tensors)\n",
-        "How it is measured is said at the top of overhead.py. *Longer by*: median (quartiles) over interleaved turns,"
-        " all noise of a whole step included; *its own calls*: median, timed by themselves; both against the plain "
-        "step.\n",
+        "How it is measured is said at the top of overhead.py. *Longer by*: median (quartiles) over rounds of blocks "
+        "that take turns, all noise of whole steps included; *its own calls*: median, timed by themselves; both "
+        "against the plain step.\n",
     ]
     for name in models:
         found = table(name, MODELS[name], options.seconds)

@@ -1,8 +1,7 @@
 """What a user would pick instead, each as its own documentation says to use it: contenders for `overhead.py`.
 
-Each takes a model and its AdamW and returns what is called after `backward()` and before the step. A peer whose package
-is not installed is left out and named; they go into an environment of their own
-(benchmarks/requirements.txt), since their pins have nothing to do with ours.
+Each takes a model and its AdamW. A peer whose package is not installed is left out and named; they go into an
+environment of their own (benchmarks/requirements.txt), since their pins have nothing to do with ours.
 """
 
 from __future__ import annotations
@@ -16,12 +15,29 @@ import tempfile
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-Contender = Callable[[nn.Module, torch.optim.Optimizer], Callable[[], object]]
+
+def nothing() -> None: ...
+
+
+@dataclass
+class Contender:
+    """One way to watch the steps of a block."""
+
+    before_step: Callable[[], object] = nothing
+    """Called after ``backward()`` and before the step, and timed."""
+    begin: Callable[[], object] = nothing
+    end: Callable[[], object] = nothing
+    hooked: bool = False
+    """Whether it works in hooks of the forward and backward pass, so that its own time cannot be told."""
+
+
+Peer = Callable[[nn.Module, torch.optim.Optimizer], Contender]
 VALUES = 200
 """Values that loggers write each step: as many as the agent exports of a rank."""
 
@@ -31,7 +47,7 @@ def gradients_of(model: nn.Module) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def naive(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+def naive(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
     """`.norm().item()` of gradient, weight and both moments of every parameter."""
 
     def read() -> object:
@@ -39,25 +55,25 @@ def naive(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], ob
         tensors += [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
         return [x.norm().item() for x in tensors]
 
-    return read
+    return Contender(read)
 
 
-def clip(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+def clip(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
     """`clip_grad_norm_`, whose result is the gradient norm."""
-    return lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    return Contender(lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
 
 
-def total_norm(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+def total_norm(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
     """`get_total_norm` of the gradients."""
-    return lambda: nn.utils.get_total_norm(gradients_of(model)).item()
+    return Contender(lambda: nn.utils.get_total_norm(gradients_of(model)).item())
 
 
-def foreach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+def foreach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
     """`_foreach_norm` of the gradients, one read."""
-    return lambda: torch.stack(torch._foreach_norm(gradients_of(model))).norm().item()
+    return Contender(lambda: torch.stack(torch._foreach_norm(gradients_of(model))).norm().item())
 
 
-def foreach_all(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+def foreach_all(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
     """`_foreach_norm` of gradients, weights and both moments, one read."""
 
     def read() -> object:
@@ -65,10 +81,10 @@ def foreach_all(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[
         tensors += [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
         return torch.stack(torch._foreach_norm([x.detach() for x in tensors])).tolist()
 
-    return read
+    return Contender(read)
 
 
-def composer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+def composer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
     """MosaicML Composer's OptimizerMonitor at every step, with the optimizer that reports to it."""
     sys.meta_path.insert(0, _Absent())
     from composer.callbacks import OptimizerMonitor
@@ -84,32 +100,35 @@ def composer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[],
     )
     logger = types.SimpleNamespace(log_metrics=lambda metrics: None)
     monitor = OptimizerMonitor(batch_log_interval=1)
-    return lambda: optimizer.state and monitor.batch_end(state, logger)
+    return Contender(lambda: optimizer.state and monitor.batch_end(state, logger))
 
 
-def wandb_watch(log_freq: int) -> Contender:
+def wandb_watch(log_freq: int) -> Peer:
     """`wandb.watch(model, log="all")` offline, with the loss logged each step."""
 
-    def make(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    def make(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
         import wandb
 
         settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
-        # Its hooks write to the process's one run: both contenders share it.
         run = wandb.run or wandb.init(mode="offline", dir=tempfile.mkdtemp(), settings=settings)
-        run.watch(model, log="all", log_freq=log_freq, idx=log_freq)
-        return lambda: run.log({"loss": 1.0})
+        return Contender(
+            lambda: run.log({"loss": 1.0}),
+            begin=lambda: run.watch(model, log="all", log_freq=log_freq),
+            end=lambda: run.unwatch(model),
+            hooked=True,
+        )
 
     return make
 
 
-def lightning(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+def lightning(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
     """Lightning's `grad_norm(module, 2)`, with each value read as its `log_dict` does."""
     from lightning.pytorch.utilities import grad_norm
 
-    return lambda: {name: float(value) for name, value in grad_norm(model, 2).items()}
+    return Contender(lambda: {name: float(value) for name, value in grad_norm(model, 2).items()})
 
 
-def tensorboard(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+def tensorboard(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
     """Gradient norms to TensorBoard, as many scalars as the agent exports."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -120,10 +139,10 @@ def tensorboard(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[
             writer.add_scalar(f"norm/{i}", value, 0)
         return None
 
-    return read
+    return Contender(read)
 
 
-def mlflow(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+def mlflow(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
     """Gradient norms to MLflow on SQLite, as many metrics as the agent exports, in one call."""
     import mlflow as library
 
@@ -131,7 +150,9 @@ def mlflow(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], o
     library.end_run()  # of the model before
     library.set_tracking_uri(f"sqlite:///{tempfile.mkdtemp()}/mlflow.db")
     library.start_run()
-    return lambda: library.log_metrics({f"norm_{i}": value for i, value in enumerate(_values(model))}, step=0)
+    return Contender(
+        lambda: library.log_metrics({f"norm_{i}": value for i, value in enumerate(_values(model))}, step=0)
+    )
 
 
 def _values(model: nn.Module) -> Sequence[float]:
@@ -162,7 +183,7 @@ class _Empty(types.ModuleType):
         return type(name, (), {})
 
 
-PEERS: dict[str, tuple[str | None, Contender]] = {
+PEERS: dict[str, tuple[str | None, Peer]] = {
     "naive norms of g, p, m, v, each read": (None, naive),
     "clip_grad_norm_": (None, clip),
     "get_total_norm of g": (None, total_norm),
@@ -178,7 +199,7 @@ PEERS: dict[str, tuple[str | None, Contender]] = {
 """The package that each needs, and how it is used."""
 
 
-def installed() -> dict[str, Contender]:
+def installed() -> dict[str, Peer]:
     """The peers whose packages are here; the others are named on stderr."""
     warnings.simplefilter("ignore")  # those of other people's packages
     here = {}
