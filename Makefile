@@ -48,9 +48,10 @@ lint: $(VENV)/.dev
 wheel-test: $(VENV)/.dev packages
 	$(BIN)/python scripts/test_wheel.py -n $(JOBS)
 
-# What the wheel carries, and what stands around it, in the checkout.
+# What the wheel carries, and what stands around it, in the checkout. One test at a time to whoever is free: a process
+# with an end-to-end test would otherwise have others waiting behind it, for minutes.
 checkout-test: $(VENV)/.dev packages
-	$(BIN)/pytest -n $(JOBS) --ignore=tests/agent --ignore=tests/server
+	$(BIN)/pytest -n $(JOBS) --maxschedchunk 1 --ignore=tests/agent --ignore=tests/server
 
 test: lint wheel-test checkout-test
 
