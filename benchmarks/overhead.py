@@ -98,9 +98,6 @@ class Agent(Contender):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, sample_every: int) -> None:
         super().__init__(begin=self._attach, end=self._detach, hooked=True)
-        self.own: list[float] = []
-        """Seconds of a step, a block each; and of these in hooks."""
-        self.hooks: list[float] = []
         self._model, self._optimizer = model, optimizer
         self.settings = Settings(
             address="127.0.0.1",
