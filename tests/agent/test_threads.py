@@ -21,7 +21,7 @@ def tasks():
     return set(map(int, os.listdir("/proc/self/task")))
 
 def compute():
-    # A pool of OpenMP's, and MKL's own vectors from a few hundred numbers on.
+    # A pool of OpenMP's, and MKL's own vectors, of 150 numbers already.
     return LARGE.add(1).sum(), LARGE[:500].sqrt()
 
 def in_thread(*work):
