@@ -36,7 +36,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py $(if $(BREAK),--break $(BREAK))
 
 packages:
-	@sh scripts/packages
+	@sh scripts/packages $(PYTHON)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -31,8 +31,10 @@ class Settings:
     """Steps that a gradient scaler may skip in a row before that is an incident: no search takes as many."""
     kernel: Literal["auto", "off"] = "auto"
     """Whether statistics of tensors are read by a kernel that is compiled in the background: on a CPU by the machine's
-    own C compiler, once, on CUDA by Triton. ``auto``: where that works; ``off``: by torch's operations only, which take
-    several times as long on a CPU. The one for CUDA has run in Triton's interpreter only, never on a GPU yet."""
+    own C compiler, once, on CUDA by Triton. For 100 parameters and more its C++ compiler makes what finds them in
+    memory, too, against torch's headers: ten seconds of a core at low priority, once. ``auto``: where that works;
+    ``off``: by torch's operations and in Python only, which take several times as long on a CPU. The kernel for CUDA
+    has run in Triton's interpreter only, never on a GPU yet."""
     skip_nonfinite_steps: bool = False
     """Whether a step whose gradient is not finite is left out, weights and moments staying as they were. For optimizers
     of torch's with ``fused=True``, and for any on a CPU: nothing waits for a device. It changes what is trained."""

@@ -15,11 +15,31 @@ import torch
 from torch import Tensor
 
 from . import device as devices
-from .build import library
-from .cpu import Kernel, readable
+from .build import library, reduce_recipe
+from .cpu import Kernel
+from .locate import MANY, Addresses, Gradients, addresses, counts, gradients, moments
+from .locate import prepare as prepare_addresses
 from .request import Kind, Place, Request
 
-__all__ = ["CPU", "Kernel", "Kind", "Place", "Reduces", "Request", "cpu_kernel", "kernel", "prepare", "readable"]
+__all__ = [
+    "CPU",
+    "MANY",
+    "Addresses",
+    "Gradients",
+    "Kernel",
+    "Kind",
+    "Place",
+    "Reduces",
+    "Request",
+    "addresses",
+    "counts",
+    "cpu_kernel",
+    "gradients",
+    "kernel",
+    "moments",
+    "prepare",
+    "prepare_addresses",
+]
 
 logger = logging.getLogger("optwatch")
 
@@ -69,7 +89,7 @@ def cpu_kernel() -> Kernel | None:
 def _make() -> None:
     global _kernel
     try:
-        _kernel = Kernel(library())
+        _kernel = Kernel(library(reduce_recipe()))
         logger.debug("optwatch: statistics are read by the compiled kernel")
     except Exception as error:  # noqa: BLE001 - never hurt the run: torch's operations do the same
         logger.debug("optwatch: no compiled kernel, statistics are read by torch's operations: %s", error)

@@ -1,4 +1,4 @@
-"""Compiles a kernel with the machine's own C compiler, once for a machine and source, into a folder of the user's own.
+"""Compiles libraries with the machine's own compilers, once for a machine and source, into a folder of the user's own.
 
 A library is code that runs in the training process: it is taken only from a folder that nobody but the user can write
 to, and only after a process of its own has run it. What fails here raises `OSError`; the caller goes on without.
@@ -14,20 +14,70 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("reduce.c")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-Wno-psabi")
-TIMEOUT_SECONDS = 120
+import torch
+
+TIMEOUT_SECONDS = 600
 LEFT_OVER_SECONDS = 3600
 """Age at which an unfinished library is that of a process which has ended."""
+_HERE = Path(__file__).parent
 
 
-def library(folder: Path | None = None) -> Path:
-    """The compiled kernel, from the cache or newly made (about a second). For a background thread: it reads files and
-    starts processes.
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one library is made."""
+
+    source: Path
+    check: Path
+    """Run with the library's path as a process of its own; its status is 0 where the library works on this machine."""
+    compilers: tuple[str, ...]
+    """Commands, of which the first that is there is used; empty ones are passed over."""
+    flags: tuple[str, ...]
+    paths: tuple[str, ...] = ()
+    """Flags behind the source that name folders of this installation, on which the library does not depend."""
+    depends: tuple[str, ...] = ()
+    """What it depends on beside its source, flags, compiler and processor."""
+    gently: bool = False
+    """Whether training has the processors first, as it takes them long enough to be noticed."""
+
+
+def reduce_recipe() -> Recipe:
+    """The CPU's kernel: about a second."""
+    flags = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-Wno-psabi")
+    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    return Recipe(_HERE / "reduce.c", _HERE / "check_reduce.py", compilers, flags)
+
+
+def locate_recipe() -> Recipe:
+    """What locates tensors: ten seconds, since it is made against torch's own headers, and for this torch alone."""
+    folder = Path(torch.__path__[0])
+    abi = int(getattr(torch._C, "_GLIBCXX_USE_CXX11_ABI", True))
+    return Recipe(
+        _HERE / "locate.cpp",
+        _HERE / "check_locate.py",
+        (os.environ.get("CXX", ""), "c++", "g++", "clang++"),
+        ("-O2", "-std=c++20", "-fPIC", "-shared", "-w", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"),
+        (
+            f"-I{folder / 'include'}",
+            f"-I{sysconfig.get_path('include')}",
+            f"-L{folder / 'lib'}",
+            *("-lc10", "-ltorch_cpu", "-ltorch_python"),
+        ),
+        (torch.__version__, str(torch.version.git_version), sys.version),
+        gently=True,
+    )
+
+
+def library(recipe: Recipe, folder: Path | None = None) -> Path:
+    """The compiled library, from the cache or newly made. For a background thread: it reads files, starts processes,
+    and waits for another process that makes the same.
 
     ``folder`` is the cache; none: ``$XDG_CACHE_HOME/optwatch`` or its default.
 
@@ -35,28 +85,42 @@ def library(folder: Path | None = None) -> Path:
         OSError: there is no compiler, it failed, the library does not work here, or the cache is not the user's alone.
     """
     folder = _own_folder(folder)
-    compiler = _compiler()
-    path = folder / f"reduce-{_key(compiler)}.so"
+    compiler = _compiler(recipe)
+    path = folder / f"{recipe.source.stem}-{_key(recipe, compiler)}.so"
     if not path.exists():
-        _compile(compiler, path)
+        with _alone(path):
+            if not path.exists():
+                _compile(recipe, compiler, path)
     _insist_on_owner(path)
     return path
 
 
-def _compiler() -> list[str]:
-    """``$CC`` or the usual names: the command, with its absolute path."""
-    for command in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+def _compiler(recipe: Recipe) -> list[str]:
+    """The command, with its absolute path."""
+    for command in recipe.compilers:
         words = shlex.split(command)
         if words and (found := shutil.which(words[0])):
             return [found, *words[1:]]
-    raise FileNotFoundError("no C compiler: neither $CC, cc, gcc nor clang is on the PATH")
+    raise FileNotFoundError(f"no compiler for {recipe.source.name}: none of {', '.join(recipe.compilers)} is there")
 
 
-def _key(compiler: list[str]) -> str:
+def _key(recipe: Recipe, compiler: list[str]) -> str:
     """What the library depends on. A home directory is often shared by machines of several kinds."""
     version = _run([*compiler, "--version"])
-    parts = (SOURCE.read_text(), *compiler, version, *FLAGS, platform.machine(), _processor())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    parts = (recipe.source.read_text(), *compiler, version, *recipe.flags, *recipe.depends)
+    return hashlib.sha256("\0".join((*parts, platform.machine(), _processor())).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Only one process at a time makes a library: the ranks of a machine all begin together."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError(f"{path}: no lock of files on {sys.platform}") from error
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _processor() -> str:
@@ -69,17 +133,18 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def _compile(compiler: list[str], path: Path) -> None:
+def _compile(recipe: Recipe, compiler: list[str], path: Path) -> None:
     for left_over in path.parent.glob("building-*"):
         if left_over.stat().st_mtime < time.time() - LEFT_OVER_SECONDS:
             left_over.unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(prefix="building-", suffix=".so", dir=path.parent)
     os.close(handle)
     made = Path(name)
+    gently = ("nice",) if recipe.gently and shutil.which("nice") else ()
     try:
-        _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+        _run([*gently, *compiler, *recipe.flags, str(recipe.source), "-o", str(made), *recipe.paths])
         # An instruction that this processor lacks ends a process: not the one that trains.
-        _run([sys.executable, "-I", str(Path(__file__).with_name("check.py")), str(made)])
+        _run([*gently, sys.executable, "-I", str(recipe.check), str(made), *sys.path])
         made.chmod(0o700)
         made.replace(path)
     finally:

@@ -189,27 +189,41 @@ INLINE void nonnegative(const void *x, int64_t start, int64_t stop, int dtype, d
     out[2] += (double)number;
 }
 
-/* A list of tensors that are reduced alike, and where its numbers go: as Python writes it. */
+/* A list of tensors that are reduced alike, the tensors that make pairs with some of them, and where its numbers go: as
+ * Python writes it. */
 struct list {
-    int64_t kind, count, rows; /* of each tensor's three numbers the first `rows` are wanted */
-    double *out;               /* number k of tensor t at out[k * stride + t] */
-    int64_t stride, pairs;     /* tensors of which all three numbers are wanted elsewhere, too */
-    const int64_t *positions;  /* theirs in the list */
-    double *pairs_out;         /* number k of the i-th of them at pairs_out[k * pairs_stride + i] */
+    int64_t kind, count;
+    const uint64_t *xs;
+    const int64_t *sizes;
+    const uint8_t *dtypes;
+    const double *thresholds;
+    int64_t paired;
+    const uint64_t *ys;
+    const int64_t *y_sizes;
+    const uint8_t *y_dtypes;
+    const int64_t *positions; /* in the list, of the x of each y */
+    int64_t rows;             /* of each tensor's three numbers the first `rows` are wanted */
+    double *out;              /* number k of tensor t at out[k * stride + t] */
+    int64_t stride;
+    int64_t pairs_rows;       /* and of those of the pairs, once more */
+    double *pairs_out;        /* number k of the i-th pair at pairs_out[k * pairs_stride + i] */
     int64_t pairs_stride;
+};
+
+/* A tensor, or a pair. */
+struct tensor {
+    const void *x, *y;
+    double threshold;
+    int64_t size, end; /* `end` in the elements of all */
+    uint8_t kind, x_dtype, y_dtype;
 };
 
 /* One call of optwatch_reduce, as its threads see it. */
 struct work {
     int64_t n;
-    const uint8_t *kinds;
-    const uint64_t *xs, *ys;
-    const uint8_t *x_dtypes, *y_dtypes;
-    const double *thresholds;
-    const int64_t *sizes;
-    int64_t *ends;     /* of each tensor, in the elements of all */
-    double (*parts)[2][3]; /* of each span, for tensors that reach into it and beyond it: its first and its last */
+    struct tensor *tensors;
     double (*out)[3];
+    double (*parts)[2][3]; /* of each span, for tensors that reach into it and beyond it: its first and its last */
     int64_t span, spans, next;
 };
 
@@ -245,21 +259,17 @@ static void widen(const void *x, int64_t start, int64_t stop, int dtype, double 
 }
 
 /* Elements start to stop of one tensor. */
-static void piece(const struct work *w, int64_t tensor, int64_t start, int64_t stop, double *out) {
-    const void *x = (const void *)(uintptr_t)w->xs[tensor];
-    const void *y = w->ys ? (const void *)(uintptr_t)w->ys[tensor] : 0;
-    double threshold = w->thresholds ? w->thresholds[tensor] : -__builtin_inf();
-    int kind = w->kinds[tensor];
-    if (!y || w->x_dtypes[tensor] == w->y_dtypes[tensor]) {
-        alike(kind, x, y, start, stop, w->x_dtypes[tensor], threshold, out);
+static void piece(const struct tensor *t, int64_t start, int64_t stop, double *out) {
+    if (!t->y || t->x_dtype == t->y_dtype) {
+        alike(t->kind, t->x, t->y, start, stop, t->x_dtype, t->threshold, out);
         return;
     }
     double left[BLOCK], right[BLOCK];
     for (int64_t i = start; i < stop; i += BLOCK) {
         int64_t end = i + BLOCK < stop ? i + BLOCK : stop;
-        widen(x, i, end, w->x_dtypes[tensor], left);
-        widen(y, i, end, w->y_dtypes[tensor], right);
-        alike(kind, left, right, 0, end - i, FLOAT64, threshold, out);
+        widen(t->x, i, end, t->x_dtype, left);
+        widen(t->y, i, end, t->y_dtype, right);
+        alike(t->kind, left, right, 0, end - i, FLOAT64, t->threshold, out);
     }
 }
 
@@ -268,7 +278,7 @@ static int64_t tensor_at(const struct work *w, int64_t position) {
     int64_t low = 0, high = w->n - 1;
     while (low < high) {
         int64_t middle = low + (high - low) / 2;
-        if (w->ends[middle] > position) high = middle;
+        if (w->tensors[middle].end > position) high = middle;
         else low = middle + 1;
     }
     return low;
@@ -276,29 +286,31 @@ static int64_t tensor_at(const struct work *w, int64_t position) {
 
 static void run(void *argument) {
     struct work *w = argument;
-    int64_t all = w->ends[w->n - 1], length = w->span, span;
+    int64_t all = w->tensors[w->n - 1].end, length = w->span, span;
     while ((span = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->spans) {
         int64_t from = span * length, to = from + length < all ? from + length : all;
-        for (int64_t t = tensor_at(w, from); t < w->n && w->ends[t] - w->sizes[t] < to; t++) {
-            int64_t begin = w->ends[t] - w->sizes[t];
-            int64_t start = begin < from ? from : begin, stop = w->ends[t] < to ? w->ends[t] : to;
-            double *out = begin < from ? w->parts[span][0] : w->ends[t] > to ? w->parts[span][1] : w->out[t];
-            if (start < stop) piece(w, t, start - begin, stop - begin, out);
+        for (int64_t i = tensor_at(w, from); i < w->n && w->tensors[i].end - w->tensors[i].size < to; i++) {
+            const struct tensor *t = w->tensors + i;
+            int64_t begin = t->end - t->size;
+            int64_t start = begin < from ? from : begin, stop = t->end < to ? t->end : to;
+            double *out = begin < from ? w->parts[span][0] : t->end > to ? w->parts[span][1] : w->out[i];
+            if (start < stop) piece(t, start - begin, stop - begin, out);
         }
     }
 }
 
 /* Add up what the spans found of tensors that lie in several of them. */
 static void fold(struct work *w) {
-    for (int64_t t = 0; t < w->n; t++) {
-        int64_t begin = w->ends[t] - w->sizes[t];
-        if (!w->sizes[t]) continue;
-        int64_t first = begin / w->span, last = (w->ends[t] - 1) / w->span;
+    for (int64_t i = 0; i < w->n; i++) {
+        const struct tensor *t = w->tensors + i;
+        int64_t begin = t->end - t->size;
+        if (!t->size) continue;
+        int64_t first = begin / w->span, last = (t->end - 1) / w->span;
         for (int64_t span = first; first < last && span <= last; span++) {
             const double *part = w->parts[span][begin < span * w->span ? 0 : 1];
-            w->out[t][0] += part[0];
-            w->out[t][1] = w->kinds[t] == NONNEGATIVE ? larger(part[1], w->out[t][1]) : w->out[t][1] + part[1];
-            w->out[t][2] += part[2];
+            w->out[i][0] += part[0];
+            w->out[i][1] = t->kind == NONNEGATIVE ? larger(part[1], w->out[i][1]) : w->out[i][1] + part[1];
+            w->out[i][2] += part[2];
         }
     }
 }
@@ -310,61 +322,85 @@ static void deliver(const struct list *lists, int64_t count, double (*found)[3])
     for (const struct list *l = lists; l < lists + count; found += l->count, l++) {
         for (int64_t k = 0; k < l->rows; k++)
             for (int64_t t = 0; t < l->count; t++) l->out[k * l->stride + t] = found[t][k];
-        for (int64_t k = 0; k < 3; k++)
-            for (int64_t i = 0; i < l->pairs; i++) l->pairs_out[k * l->pairs_stride + i] = found[l->positions[i]][k];
+        for (int64_t k = 0; k < l->pairs_rows; k++)
+            for (int64_t i = 0; i < l->paired; i++) l->pairs_out[k * l->pairs_stride + i] = found[l->positions[i]][k];
     }
 }
 
-/* Reduce the dense tensors of some lists in one go: n in all, those of the first list first. Three numbers of each.
- * PRODUCTS: sum x², sum xy, sum y², the last two 0 where ys is null or ys[t] is 0.
- * CHANGES: sum (x - y)², sum x², 0, every ys[t] given.
- * NONNEGATIVE: sum x, max x (0 for none), number of x < thresholds[t] (0 without thresholds).
+/* The tensors of all lists, one after the other, and how many elements these are; -1 where one cannot be read. */
+static int64_t gather(const struct list *lists, int64_t count, struct tensor *tensors) {
+    int64_t all = 0;
+    for (const struct list *l = lists; l < lists + count; tensors += l->count, l++) {
+        for (int64_t t = 0; t < l->count; t++) {
+            if (l->dtypes[t] >= DTYPES || l->sizes[t] < 0 || (l->sizes[t] && !l->xs[t])) return -1;
+            all += l->sizes[t];
+            tensors[t] = (struct tensor){
+                .x = (const void *)(uintptr_t)l->xs[t],
+                .threshold = l->thresholds ? l->thresholds[t] : -__builtin_inf(),
+                .size = l->sizes[t],
+                .end = all,
+                .kind = (uint8_t)l->kind,
+                .x_dtype = l->dtypes[t],
+            };
+        }
+        for (int64_t i = 0; i < l->paired; i++) {
+            int64_t t = l->positions[i];
+            if (t < 0 || t >= l->count || l->y_sizes[i] != l->sizes[t] || l->y_dtypes[i] >= DTYPES) return -1;
+            tensors[t].y = (const void *)(uintptr_t)l->ys[i];
+            tensors[t].y_dtype = l->y_dtypes[i];
+        }
+        for (int64_t t = 0; l->kind == CHANGES && t < l->count; t++)
+            if (l->sizes[t] && !tensors[t].y) return -1;
+    }
+    return all;
+}
+
+/* Memory for a call of this thread, kept for its next one: see locate.cpp for what an allocation costs behind a step. */
+static void *scratch(size_t size) {
+    static __thread void *kept;
+    static __thread size_t held;
+    if (size > held) {
+        free(kept);
+        kept = malloc(size);
+        held = kept ? size : 0;
+    }
+    return kept;
+}
+
+/* Reduce the dense tensors of some lists in one go. Three numbers of each.
+ * PRODUCTS: sum x², sum xy, sum y², the last two 0 of a tensor without a pair.
+ * CHANGES: sum (x - y)², sum x², 0, every tensor in a pair.
+ * NONNEGATIVE: sum x, max x (0 for none), number of x < its threshold (0 without thresholds).
  *
  * `parallel` is GOMP_parallel of the OpenMP runtime whose threads the caller uses anyway, or null for one thread.
- * Returns 0; 1 for a tensor without memory or of an unknown dtype, 2 where memory ran out: then nothing is written.
+ * Returns 0; 1 for a tensor without memory or of an unknown dtype, or a pair of two sizes, 2 where memory ran out: then
+ * nothing is written.
  */
-int optwatch_reduce(
-    const struct list *lists, int64_t count, const uint64_t *xs, const uint8_t *x_dtypes, const uint64_t *ys,
-    const uint8_t *y_dtypes, const int64_t *sizes, const double *thresholds, int threads, parallel_function parallel
-) {
-    struct work w = {
-        .xs = xs, .ys = ys, .x_dtypes = x_dtypes, .y_dtypes = y_dtypes, .sizes = sizes, .thresholds = thresholds,
-    };
-    int64_t all = 0, t = 0;
-    for (const struct list *l = lists; l < lists + count; l++)
-        for (w.n += l->count; t < w.n; t++) {
-            int paired = ys && ys[t], unknown = x_dtypes[t] >= DTYPES || (paired && y_dtypes[t] >= DTYPES);
-            int missing = sizes[t] && (!xs[t] || (l->kind == CHANGES && !paired));
-            if (missing || unknown || sizes[t] < 0) return 1;
-            all += sizes[t];
-        }
-    for (w.span = LONGEST; w.span > SHORTEST && all / w.span < FEWEST; w.span /= 2) {}
-    w.spans = (all + w.span - 1) / w.span;
-    int64_t *ends = w.ends = malloc((size_t)(w.n + 1) * sizeof *w.ends);
-    uint8_t *kinds = malloc((size_t)w.n + 1);
-    w.kinds = kinds;
-    w.out = calloc((size_t)w.n + 1, sizeof *w.out);
-    w.parts = calloc((size_t)w.spans + 1, sizeof *w.parts);
-    int result = 2;
-    if (ends && kinds && w.out && w.parts) {
-        int64_t end = 0;
-        for (const struct list *l = lists; l < lists + count; l++) {
-            memset(kinds, (int)l->kind, (size_t)l->count);
-            kinds += l->count;
-        }
-        for (t = 0; t < w.n; t++) ends[t] = end += sizes[t];
-        int64_t useful = w.spans < threads ? w.spans : threads;
-        if (parallel && useful > 1) parallel(run, &w, (unsigned)useful, 0);
-        else if (w.spans) run(&w);
-        fold(&w);
-        deliver(lists, count, w.out);
-        result = 0;
+int optwatch_reduce(const struct list *lists, int64_t count, int threads, parallel_function parallel) {
+    struct work w = {.span = LONGEST};
+    int64_t all = 0;
+    for (const struct list *l = lists; l < lists + count; l++) {
+        w.n += l->count;
+        for (int64_t t = 0; t < l->count; t++) all += l->sizes[t] > 0 ? l->sizes[t] : 0;
     }
-    free(ends);
-    free((void *)w.kinds);
-    free(w.out);
-    free(w.parts);
-    return result;
+    if (!w.n) return 0;
+    while (w.span > SHORTEST && all / w.span < FEWEST) w.span /= 2;
+    w.spans = (all + w.span - 1) / w.span;
+    size_t tensors = (size_t)w.n * sizeof *w.tensors, out = (size_t)w.n * sizeof *w.out;
+    size_t parts = (size_t)w.spans * sizeof *w.parts;
+    char *memory = scratch(tensors + out + parts);
+    if (!memory) return 2;
+    w.tensors = (struct tensor *)memory;
+    w.out = (double(*)[3])(memory + tensors);
+    w.parts = (double(*)[2][3])(memory + tensors + out);
+    memset(w.out, 0, out + parts);
+    if (gather(lists, count, w.tensors) < 0) return 1;
+    int64_t useful = w.spans < threads ? w.spans : threads;
+    if (parallel && useful > 1) parallel(run, &w, (unsigned)useful, 0);
+    else if (w.spans) run(&w);
+    fold(&w);
+    deliver(lists, count, w.out);
+    return 0;
 }
 
 /* One call of optwatch_largest, as its threads see it. */

@@ -11,7 +11,6 @@ import time
 from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from operator import attrgetter
 
 import torch
 import triton
@@ -21,17 +20,16 @@ from torch import Tensor
 from optwatch.training.transfer import Arrival, host_place, sent
 
 from .cuts import BLOCK, HEADER, Cut, Form
-from .plain import PLAIN, any_freed
+from .locate import DTYPES, addresses, pairs
 from .triton_code import chunks, totals
 
 ALIGNMENT = 16
 """Bytes that are loaded at once where all addresses are multiples."""
 KINDS = {"products": 0, "nonnegative": 1, "changes": 2}
 POINTED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
-DTYPES = list(POINTED)
-"""By code; the code of none is 0."""
-_CODES = {dtype: code for code, dtype in enumerate(POINTED, 1)}
-_dtype, _layout, _device = attrgetter("dtype"), attrgetter("layout"), attrgetter("device")
+NONE = 255
+"""The code of no dtype."""
+_BY_CODE = {code: dtype for dtype, code in DTYPES.items()}
 
 
 class TritonKernel:
@@ -64,29 +62,28 @@ class TritonKernel:
         ``thresholds`` has shape ``(n,)``, on the device or the CPU. On the current stream: one copy of a table from
         pinned memory, one of thresholds that are on the CPU, and for each form at most two launches.
 
-        None where it cannot read a tensor, a pair is not of equal size, or a form is not compiled yet.
+        None where it cannot read a tensor, a pair is not of equal size and order, or a form is not compiled yet.
         """
-        addresses, y_addresses = self._addresses(xs), self._addresses(ys)
-        if addresses is None or y_addresses is None or (thresholds is not None and len(thresholds) != len(xs)):
+        found, y_found = addresses(xs, self._device), addresses(ys, self._device)
+        if found is None or y_found is None or (thresholds is not None and len(thresholds) != len(xs)):
             return None
-        sizes, others = list(map(Tensor.numel, xs)), [0] * len(xs)
-        types, y_types = _codes(xs), bytearray(len(xs))
-        if ys:
-            places = range(len(xs)) if positions is None else positions
-            for position, size, code, address in zip(
-                places, map(Tensor.numel, ys), _codes(ys), y_addresses, strict=True
-            ):
+        places = range(len(ys)) if positions is None else positions
+        if not pairs(xs, places, ys, found, y_found):
+            return None
+        (where, sizes, types), (y_where, y_sizes, y_codes) = found.lists(), y_found.lists()
+        others, y_types = [0] * len(sizes), bytearray([NONE]) * len(sizes)
+        if y_sizes:
+            for position, size, code, address in zip(places, y_sizes, y_codes, y_where, strict=True):
                 if size != sizes[position]:
                     return None
                 y_types[position], others[position] = code, address
-        aligned = bytes(not (x | y) % ALIGNMENT for x, y in zip(addresses, others, strict=True))
-        key = (kind, thresholds is not None, array("q", sizes).tobytes(), types, bytes(y_types), aligned)
+        aligned = bytes(not (x | y) % ALIGNMENT for x, y in zip(where, others, strict=True))
+        key = (kind, thresholds is not None, array("q", sizes).tobytes(), bytes(types), bytes(y_types), aligned)
         cut = self._cuts.get(key)
         if cut is None:
             each = zip(types, y_types, aligned, strict=True)
             forms = [
-                Form(kind, DTYPES[x - 1], DTYPES[y - 1] if y else None, thresholds is not None, bool(even))
-                for x, y, even in each
+                Form(kind, _BY_CODE[x], _BY_CODE.get(y), thresholds is not None, bool(even)) for x, y, even in each
             ]
             if len(self._cuts) >= 64:
                 self._cuts.clear()
@@ -100,7 +97,7 @@ class TritonKernel:
             limits = None if thresholds is None else sent(thresholds.to(torch.float64), self._device).contiguous()
             result = torch.zeros(3, len(xs), dtype=torch.float64, device=self._device)
             if cut.parts:
-                table = sent(torch.frombuffer(cut.filled(addresses, others), dtype=torch.int64), self._device)
+                table = sent(torch.frombuffer(cut.filled(where, others), dtype=torch.int64), self._device)
                 partial = torch.empty(3 * max(cut.rows, 1), dtype=torch.float64, device=self._device)
                 launch(cut, table, limits, partial, result)
         return result
@@ -153,20 +150,6 @@ class TritonKernel:
             raise RuntimeError(f"the Triton kernel made {counted} of an example whose result is {right}")
         self._ready.add(form)
 
-    def _addresses(self, tensors: Sequence[Tensor]) -> list[int] | None:
-        """Where the tensors lie; None where one of them is no plain dense tensor of this device, contiguous, of a dtype
-        that the kernel knows, whose memory was not given back: to read anything else could end the process."""
-        if not (
-            PLAIN.issuperset(map(type, tensors))
-            and {self._device}.issuperset(map(_device, tensors))
-            and {torch.strided}.issuperset(map(_layout, tensors))
-            and POINTED.keys() >= set(map(_dtype, tensors))
-            and all(map(Tensor.is_contiguous, tensors))
-        ):
-            return None
-        addresses = list(map(Tensor.data_ptr, tensors))
-        return None if any_freed(tensors, addresses) else addresses
-
     def _current(self) -> AbstractContextManager[object]:
         """Triton launches on the current device, which need not be that of the tensors."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
@@ -200,11 +183,6 @@ def launch(cut: Cut, table: Tensor, limits: Tensor | None, partial: Tensor, resu
         if part.several:
             used.append(totals[(part.several,)](own, partial, result, kind=KINDS[form.kind], header=HEADER, block=128))
     return tuple(used)
-
-
-def _codes(tensors: Sequence[Tensor]) -> bytes:
-    """The code of each tensor's dtype."""
-    return bytes(map(_CODES.__getitem__, map(_dtype, tensors)))
 
 
 def _right(form: Form, pair: Sequence[Tensor]) -> list[Tensor]:

@@ -22,13 +22,13 @@ class DeviceReducers(Reducer):
         super().__init__(device, compiled)
         self._each = {one: Reducer(one, compiled) for one in devices}
 
-    def _square_sums(self, listed: list[Tensor]) -> Tensor:
+    def _square_sums(self, listed: Sequence[Tensor]) -> Tensor:
         return self._joined(listed, {d: r.square_sums(_of(d, listed)) for d, r in self._each.items()})
 
     def _dot_products(self, xs: list[Tensor], ys: list[Tensor]) -> Tensor:
         return self._joined(xs, {d: r.dot_products(_of(d, xs), _of(d, ys)) for d, r in self._each.items()})
 
-    def _nonnegative(self, listed: list[Tensor], thresholds: Tensor | None) -> Tensor:
+    def _nonnegative(self, listed: Sequence[Tensor], thresholds: Tensor | None) -> Tensor:
         results = {}
         for device, reducer in self._each.items():
             mine = [i for i, x in enumerate(listed) if x.device == device]

@@ -6,7 +6,7 @@ hold what it should (a missing key, another shape, another dtype) yields nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any, Literal, Protocol, TypeGuard
@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optwatch import kernels
+
 from .stored import Compact, Factored, Parts, Quantized, Shared, Softsign, Stored
 
 Group = Mapping[str, Any]
 Entry = Mapping[str, Any]
 """The state of one parameter."""
+States = Mapping[Any, Entry]
+"""Those of all, by parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,22 +257,28 @@ class Reader:
     averages: str = "gradients"
     """What the first moment averages."""
 
-    def first(self, state: Entry, parameter: Tensor) -> Stored | None:
-        """The first moment, raw as stored; None where it is unavailable or not there (yet)."""
-        return None if isinstance(self.first_moment, Unavailable) else self.first_moment.read(state, parameter)
+    def firsts(self, states: States, parameters: list[Tensor]) -> list[Stored | None]:
+        """The first moment of each parameter, raw as stored; None where it is unavailable or not there (yet)."""
+        return _read(self.first_moment, states, parameters)
 
-    def second(self, state: Entry, parameter: Tensor) -> Stored | None:
-        """The second moment that the update divides by, raw as stored; None as for `first`."""
-        return None if isinstance(self.second_moment, Unavailable) else self.second_moment.read(state, parameter)
+    def seconds(self, states: States, parameters: list[Tensor]) -> list[Stored | None]:
+        """The second moment that the update divides by, raw as stored; None as for `firsts`."""
+        return _read(self.second_moment, states, parameters)
 
-    def count(self, state: Entry, group: Group) -> Tensor | None:
-        """The steps t of the bias correction: 0-d, where they are kept; 1 where nothing is corrected."""
+    def counts(self, states: States, parameters: list[Tensor], groups: Sequence[Group]) -> list[float | Tensor | None]:
+        """The steps t of each parameter's bias correction, by its own state or the group at its place: a number or a
+        0-d tensor, as it is kept; 1 where nothing is corrected, None where it is not there."""
         if isinstance(self.denominator, Unavailable):
-            return None
+            return [None] * len(parameters)
         if self.denominator.beta2 is None:
-            return torch.ones((), dtype=torch.float64)
-        value = state.get(self.step, group.get(self.step)) if self.step else None
-        return None if value is None else step_count(value)
+            return [1.0] * len(parameters)
+        if self.step is None:
+            return [None] * len(parameters)
+        found = kernels.counts(states, parameters, self.step)
+        if found is not None and all(count is not None for count in found):
+            return found
+        each = zip(parameters, groups, strict=True)
+        return [step_count(states.get(p, {}).get(self.step, group.get(self.step))) for p, group in each]
 
     def beta2(self, group: Group) -> float | None:
         """β₂ of a group, 0 where the bias is not corrected, None where it is not a plain number."""
@@ -336,11 +346,20 @@ class Reader:
         return {signal: reason for signal, reason in reasons.items() if reason}
 
 
-def step_count(value: object) -> Tensor:
-    """A step count as a 0-d tensor where it is kept (host or device), without reading a device's value."""
+def _read(place: Place | Unavailable, states: States, parameters: list[Tensor]) -> list[Stored | None]:
+    """What is kept of each parameter; of plain tensors all at once, where something compiled does it."""
+    if isinstance(place, Unavailable):
+        return [None] * len(parameters)
+    if isinstance(place, Keys) and (found := kernels.moments(states, parameters, place.names)) is not None:
+        return list(found)
+    return [place.read(states.get(p, {}), p) for p in parameters]
+
+
+def step_count(value: object) -> float | Tensor | None:
+    """A step count as a number, or as a 0-d tensor where it is kept (host or device), whose value is not read."""
     if isinstance(value, Tensor):
         return value if value.dim() == 0 else value.reshape(())
-    return torch.tensor(float(value), dtype=torch.float64)  # type: ignore[arg-type]  # an int in many optimizers
+    return None if value is None else float(value)  # type: ignore[arg-type]  # an int in many optimizers
 
 
 def _number(group: Group, path: str) -> float | None:

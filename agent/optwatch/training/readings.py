@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optwatch import state
+from optwatch import kernels, state
 from optwatch.kernels.plain import PLAIN
 from optwatch.parallel import deepspeed, placement, store
 from optwatch.parallel.checksums import Checks
@@ -29,6 +29,9 @@ from .sampling import Schedule
 from .statistics import Reducer
 from .transfer import numbers, sent
 from .update import SPREAD, Update
+
+ReadAll = Callable[[Mapping[Any, Mapping[str, Any]], list[Tensor]], list[state.Stored | None]]
+"""Reads a moment of some parameters in an optimizer's state."""
 
 
 class Readings:
@@ -73,6 +76,8 @@ class Readings:
             say_once(error)
             parameters = []
         compiled = settings.kernel == "auto"
+        if compiled and len(parameters) >= kernels.MANY:
+            kernels.prepare_addresses()
         devices = list(dict.fromkeys(p.device for p in parameters)) or [device]
         self.reducer = Reducer(device, compiled) if len(devices) == 1 else DeviceReducers(devices, compiled)
         names = layers.parameter_names(optimizer, model)[: len(parameters)]
@@ -107,13 +112,16 @@ class Readings:
         """Whether this rank may hold but a part of some parameter."""
         return bool(self._cut)
 
-    def gradients(self, wanted: set[int] | None = None) -> tuple[list[int], list[Tensor]]:
+    def gradients(self, wanted: set[int] | None = None) -> tuple[list[int], Sequence[Tensor]]:
         """The parameters that have a gradient, ascending, and what this rank holds of it; only those whose ``id`` is
         `wanted` where that is given."""
-        gradients = [p.grad if wanted is None or id(p) in wanted else None for p in self._parameters]
-        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        held = [gradient for gradient in gradients if gradient is not None]
-        return present, [placement.local(gradient) for gradient in held] if self._cut else held
+        asked, parameters = self.schedule.everything, self._parameters
+        if wanted is not None:
+            asked = [i for i, p in enumerate(parameters) if id(p) in wanted]
+            parameters = [parameters[i] for i in asked]
+        positions, gradients = kernels.gradients(parameters, self.reducer.device)
+        present = asked if len(positions) == len(asked) else [asked[i] for i in positions]
+        return present, list(map(placement.local, gradients)) if self._cut else gradients
 
     def read_gradients(self, row: rows.Row, due: Sequence[int], wanted: set[int] | None = None) -> bool:
         """Reduce the gradients into the row, beside the first moments that are `due`; those read before for the same
@@ -122,7 +130,8 @@ class Readings:
         Where `wanted` is given, only those of the parameters with such an ``id`` are read, and join those read before.
         """
         present, gradients = self.gradients(wanted)
-        if self._on_device and any(map(_waits, gradients)):
+        plain = isinstance(gradients, kernels.Gradients)
+        if self._on_device and not plain and any(map(_waits, gradients)):
             self._say_once(SparseGradientError(self._name))
             return False
         row.partial_gradients = not all(p.grad is None or placement.summable(p) for p in self._cut)
@@ -138,32 +147,35 @@ class Readings:
         return True
 
     def _moments_before(
-        self, due: Sequence[int], present: list[int], gradients: list[Tensor]
+        self, due: Sequence[int], present: list[int], gradients: Sequence[Tensor]
     ) -> tuple[list[int], list[int], list[state.Stored]]:
         """The first moments that are due of those whose product with the gradient has a meaning: their parameters, the
         positions of their gradients, and themselves."""
-        held = state.holder(self._optimizer).state
         all_present = len(present) == len(self._parameters)
+        held = self._held(self._reader.firsts, due)
+        # A gradient that a kernel may read is dense and of its parameter's shape, as a moment that is one tensor is. It
+        # becomes no Python object for that to be asked.
+        plain = isinstance(gradients, kernels.Gradients)
+        if plain and all_present and all(isinstance(moment, Tensor) for moment in held):
+            return list(due), list(due), held  # type: ignore[return-value]  # none is None
         indices: list[int] = []
         positions: list[int] = []
         moments: list[state.Stored] = []
-        for i in due:
+        for i, moment in zip(due, held, strict=True):
             at = i if all_present else bisect_left(present, i)
-            if at == len(present) or present[at] != i:
+            if moment is None or at == len(present) or present[at] != i:
                 continue
-            moment = self._first(held.get(self._parameters[i], {}), self._parameters[i])
-            if moment is not None and state.aligned(moment, gradients[at]):
+            if state.aligned(moment, self._parameters[i] if plain else gradients[at]):
                 indices.append(i)
                 positions.append(at)
                 moments.append(moment)
         return indices, positions, moments
 
-    def _first(self, entry: Mapping[str, Any], parameter: Tensor) -> state.Stored | None:
-        """What this rank holds of the first moment."""
-        return placement.held(self._reader.first(entry, parameter), parameter)
-
-    def _second(self, entry: Mapping[str, Any], parameter: Tensor) -> state.Stored | None:
-        return placement.held(self._reader.second(entry, parameter), parameter)
+    def _held(self, read: ReadAll, indices: Sequence[int]) -> list[state.Stored | None]:
+        """What this rank holds of a moment of these parameters."""
+        parameters = [self._parameters[i] for i in indices]
+        moments = read(state.holder(self._optimizer).state, parameters)
+        return list(map(placement.held, moments, parameters)) if self._cut else moments
 
     def breaks(self, row: rows.Row) -> bool:
         """Whether loss or gradients are not finite for the first time, where reading them waits for no device."""
@@ -179,10 +191,10 @@ class Readings:
     def broken_state(self) -> list[tuple[Source, list[int], Tensor]]:
         """Moments and weights that are not finite before the step: those that the forward pass was computed with. The
         step itself makes all of them NaN, so that nobody can tell afterwards."""
-        held = state.holder(self._optimizer).state
         weights = list(enumerate(map(placement.local, self._parameters)))
-        moments = [(i, self._first(held.get(p, {}), p)) for i, p in enumerate(self._parameters)]
-        moments += [(i, self._second(held.get(p, {}), p)) for i, p in enumerate(self._parameters)]
+        everything = self.schedule.everything
+        moments = [*enumerate(self._held(self._reader.firsts, everything))]
+        moments += enumerate(self._held(self._reader.seconds, everything))
         known = [(i, moment) for i, moment in moments if moment is not None]
         found: list[tuple[Source, list[int], Tensor]] = [
             ("moment", [i for i, _ in known], state.square_sums(self.reducer, [moment for _, moment in known])),
@@ -193,46 +205,39 @@ class Readings:
     def read_state(self, row: rows.Row, due: list[int]) -> None:
         """Reduce the weights and moments of the parameters that are `due` into the row, after the step."""
         weights = [self._parameters[i] for i in due]
-        held = state.holder(self._optimizer).state
-        entries = [held.get(p, {}) for p in weights]
         self.reducer.square_sums(map(placement.local, weights) if self._cut else weights, row.place(("weight",), due))
-        indices, _, firsts = self._known(self._reader.first, due, weights, entries)
+        indices, firsts = self._known(self._reader.firsts, due)
         if firsts:
             state.square_sums(self.reducer, firsts, row.place(("first_moment",), indices))
-        indices, entries, seconds = self._known(self._reader.second, due, weights, entries)
+        indices, seconds = self._known(self._reader.seconds, due)
         if seconds:
             row.second_sizes = [state.entries(x) for x in seconds]
-            counts = self._step_counts(row, indices, entries)
+            counts = self._step_counts(row, indices)
             thresholds = None if counts is None else self._thresholds(row, indices, counts)
             place = row.place(("second_sum", "second_max", "second_below"), indices)
             state.nonnegative(self.reducer, seconds, thresholds, place)
 
-    def _known(
-        self,
-        read: Callable[[Mapping[str, Any], Tensor], state.Stored | None],
-        due: list[int],
-        weights: list[Tensor],
-        entries: list[Mapping[str, Any]],
-    ) -> tuple[list[int], list[Mapping[str, Any]], list[state.Stored]]:
-        """What this rank holds of a moment: of which parameters, the optimizer's entries for these, and the moments."""
-        moments = [read(entry, p) for entry, p in zip(entries, weights, strict=True)]
-        if self._cut:
-            moments = [placement.held(moment, p) for moment, p in zip(moments, weights, strict=True)]
+    def _known(self, read: ReadAll, due: list[int]) -> tuple[list[int], list[state.Stored]]:
+        """What this rank holds of a moment, and of which of the parameters that are `due`."""
+        moments = self._held(read, due)
         known = [moment for moment in moments if moment is not None]
         if len(known) == len(due):
-            return due, entries, known
-        there = [moment is not None for moment in moments]
-        return list(compress(due, there)), list(compress(entries, there)), known
+            return due, known
+        return list(compress(due, (moment is not None for moment in moments))), known
 
-    def _step_counts(self, row: rows.Row, indices: list[int], entries: list[Mapping[str, Any]]) -> Tensor | None:
+    def _step_counts(self, row: rows.Row, indices: list[int]) -> Tensor | None:
         """The steps t of the bias correction, where each of these parameters has one: shape ``(k,)``, float64, where
         they are kept. They go into the row."""
         groups = [self._optimizer.param_groups[row.layout.groups[i]] for i in indices]
-        each = map(self._reader.count, entries, groups)
+        parameters = [self._parameters[i] for i in indices]
+        each = self._reader.counts(state.holder(self._optimizer).state, parameters, groups)
         known = [count for count in each if count is not None]
         if len(known) != len(indices):
             return None
-        counts = torch.stack(known).to(torch.float64)
+        if float in map(type, known):  # one at a time, a tensor takes ten times as long to make
+            counts = torch.tensor(known, dtype=torch.float64, device="cpu")
+        else:
+            counts = torch.stack(known).to(torch.float64)  # type: ignore[arg-type]  # all are tensors
         if counts.device.type == "cpu":
             row.step_counts = counts
         else:

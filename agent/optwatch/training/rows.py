@@ -108,7 +108,7 @@ class Layout:
         return len(HEADER) + self.group_count + _PLACES[name] * len(self.names)
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class Row:
     """One step under way: its numbers on the device, and what the host knew already."""
 

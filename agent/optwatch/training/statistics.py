@@ -178,13 +178,13 @@ class Reducer:
 
         NaN exactly where a tensor holds a NaN, and infinite exactly where it holds an infinity and no NaN. One read.
         """
-        listed = list(tensors)
+        listed = tensors if isinstance(tensors, Sequence) else list(tensors)
         if out is None:
             return self._square_sums(listed)
         self._write(kernels.Request("products", listed, out), lambda: out.write(self._square_sums(listed)))
         return out.numbers
 
-    def _square_sums(self, listed: list[Tensor]) -> Tensor:
+    def _square_sums(self, listed: Sequence[Tensor]) -> Tensor:
         if (result := self._kernel("products", listed)) is not None:
             return result[0]
         flats = [flat(x) for x in listed]
@@ -291,14 +291,14 @@ class Reducer:
         float64, on the tensors' device: Σx, max x (0 for an empty tensor) and ``#{x < threshold}`` (0 without
         thresholds). One read.
         """
-        listed = list(tensors)
+        listed = tensors if isinstance(tensors, Sequence) else list(tensors)
         if out is None:
             return self._nonnegative(listed, thresholds)
         request = kernels.Request("nonnegative", listed, out, thresholds=thresholds)
         self._write(request, lambda: out.write(self._nonnegative(listed, thresholds)))
         return out.numbers
 
-    def _nonnegative(self, listed: list[Tensor], thresholds: Tensor | None) -> Tensor:
+    def _nonnegative(self, listed: Sequence[Tensor], thresholds: Tensor | None) -> Tensor:
         if (compiled := self._kernel("nonnegative", listed, thresholds=thresholds)) is not None:
             return compiled
         flats = [flat(x) for x in listed]

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optwatch.kernels import Place
-from optwatch.kernels.plain import PLAIN
+from optwatch.kernels import Place, addresses
 from optwatch.parallel.placement import local
 
 from .statistics import Reducer, flat
@@ -117,7 +116,7 @@ class Update:
         self._scratch: Tensor | None = None
         self._places: list[list[Tensor]] = [[] for _ in self.windows]
         self._members = [[self._parameters[piece.parameter] for piece in window] for window in self.windows]
-        self._views: list[tuple[list[int], list[Tensor]]] = [([], []) for _ in self.windows]
+        self._views: list[tuple[tuple[bytes, ...] | None, list[Tensor]]] = [(None, []) for _ in self.windows]
         self._next = 0
         self._copies: list[Tensor] | None = None
 
@@ -186,9 +185,10 @@ class Update:
         """The slices of the window, as the parameters are now: one-dimensional views. They are kept while the
         parameters stay where they are: making one takes ten times as long as asking for an address."""
         members = self._members[self._next]
-        where = list(map(Tensor.data_ptr, members)) if PLAIN.issuperset(map(type, members)) else []
+        found = addresses(members, self._reducer.device)
+        where = None if found is None else found.key()
         known, pieces = self._views[self._next]
-        if where and where == known:
+        if where is not None and where == known:
             return pieces
         pieces = []
         for parameter, piece in zip(members, self._window, strict=True):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ import torch
 
 from optwatch import kernels
 from optwatch.kernels import build
+
+RECIPE = build.reduce_recipe()
 
 
 @pytest.fixture
@@ -91,8 +93,6 @@ def test_pairs_of_different_dtypes_and_tensors_at_odd_addresses_are_read(kernel:
     ids=["strided", "elsewhere", "integers", "sparse", "complex"],
 )
 def test_what_the_kernel_cannot_read_it_leaves_alone(tensor: torch.Tensor, kernel: kernels.Kernel) -> None:
-    assert kernels.readable([torch.ones(3)])
-    assert not kernels.readable([torch.ones(3), tensor])
     assert kernel.reduce("products", [tensor]) is None
     assert kernel.largest(tensor) is None
 
@@ -135,12 +135,28 @@ def test_memory_that_was_given_back_or_is_too_short_is_not_read(kernel: kernels.
     assert kernel.reduce("nonnegative", [torch.ones(10)], thresholds=torch.ones(2)) is None
 
 
-def test_a_library_is_compiled_once_and_is_the_users_alone(tmp_path: Path) -> None:
-    path = build.library(tmp_path / "cache")
-    made = path.stat()
-    assert build.library(tmp_path / "cache").stat().st_mtime_ns == made.st_mtime_ns
-    assert oct(path.parent.stat().st_mode & 0o777) == oct(made.st_mode & 0o777) == "0o700"
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
+def test_processes_that_begin_together_compile_a_library_once_and_it_is_the_users_alone(tmp_path: Path) -> None:
+    log, compiler, cache = tmp_path / "log", tmp_path / "compiler", tmp_path / "cache"
+    real = build._compiler(RECIPE)[0]
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo compiled >> {log}\nexec {real} "$@"\n')
+    compiler.chmod(0o700)
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom optwatch.kernels import build\n"
+        "print(build.library(build.reduce_recipe(), Path(sys.argv[1])))"
+    )
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(cache)], env=os.environ | {"CC": str(compiler)}, stdout=subprocess.PIPE
+        )
+        for _ in range(3)
+    ]
+    printed = {process.communicate()[0].decode().strip() for process in begun}
+    assert all(process.returncode == 0 for process in begun)
+    path = Path(printed.pop())
+    assert not printed
+    assert log.read_text() == "compiled\n"
+    assert oct(path.parent.stat().st_mode & 0o777) == oct(path.stat().st_mode & 0o777) == "0o700"
+    assert {each.name for each in cache.iterdir()} == {path.name, path.with_suffix(".lock").name}
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o720, 0o702])
@@ -152,19 +168,17 @@ def test_code_is_not_loaded_from_a_folder_that_others_can_write_to(mode: int, tm
         assert build._own_folder(shared) == shared
         return
     with pytest.raises(PermissionError, match=f"{shared}: .* writable by nobody else"):
-        build.library(shared)
+        build.library(RECIPE, shared)
 
 
-def test_a_library_that_does_not_work_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "reduce.c"
-    shutil.copy(build.SOURCE, source)
-    text = source.read_text()
+def test_a_library_that_does_not_work_is_not_kept(tmp_path: Path) -> None:
+    text = RECIPE.source.read_text()
     assert "sums[k] += a[k] * a[k]" in text
+    source = tmp_path / "reduce.c"
     source.write_text(text.replace("sums[k] += a[k] * a[k]", "sums[k] += a[k]"))  # compiles, and is wrong
-    monkeypatch.setattr(build, "SOURCE", source)
     with pytest.raises(OSError, match="instead of"):
-        build.library(tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+        build.library(replace(RECIPE, source=source), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.so"))
 
 
 def test_without_a_compiler_training_is_watched_all_the_same(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from optwatch import state
+from optwatch import kernels, state
+from optwatch.kernels import locate
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -118,13 +119,42 @@ def test_a_class_that_is_not_known_is_named_as_the_reason() -> None:
     assert "Mine is not known" in reader.unavailable()["second_moment"]
 
 
-@pytest.mark.parametrize("broken", [None, "a word", torch.ones(3), torch.ones(2, dtype=torch.int64)], ids=str)
-def test_a_key_that_does_not_hold_what_it_should_is_no_moment(broken: Any) -> None:
-    parameter = nn.Parameter(torch.ones(2))
-    reader = state.READERS["torch.Adam"]
-    assert reader.first({"exp_avg": broken}, parameter) is None
-    assert reader.first({}, parameter) is None
-    assert reader.first({"exp_avg": torch.ones(2)}, parameter) is not None
+ODD = [None, "a word", torch.ones(3), torch.ones(2, dtype=torch.int64)]
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "Python"])
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_a_key_that_does_not_hold_what_it_should_is_no_moment(
+    odd: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels.prepare_addresses().join()
+    assert locate._kept is not None
+    if not compiled:
+        monkeypatch.setattr(locate, "_kept", None)
+    first, second, third = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    reader, moment = state.READERS["torch.Adam"], torch.ones(2)
+    states: dict[Any, Any] = {first: {"exp_avg": moment}, second: {"exp_avg_sq": moment}}
+    assert reader.firsts(states, [first, second, third]) == [moment, None, None]
+    assert (kernels.moments(states, [first, second], ("exp_avg",)) is not None) == compiled
+    states[second]["exp_avg"] = odd
+    assert reader.firsts(states, [second, first]) == [None, moment]
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "Python"])
+def test_steps_are_counted_by_the_parameter_or_by_its_group(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.prepare_addresses().join()
+    if not compiled:
+        monkeypatch.setattr(locate, "_kept", None)
+    parameters: list[torch.Tensor] = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    reader, groups = state.READERS["torch.Adam"], [{"step": 7}, {}, {}]
+    steps = [torch.tensor(3.0), torch.tensor([4.0]), 5]
+    states: dict[Any, Any] = {p: {"step": step} for p, step in zip(parameters, steps, strict=True)}
+    assert [float(x) for x in reader.counts(states, parameters, groups) if x is not None] == [3, 4, 5]
+    assert all(isinstance(x, float) or x.dim() == 0 for x in reader.counts(states, parameters, groups) if x is not None)
+    assert (kernels.counts(states, parameters[:1], "step") == [3.0]) == compiled
+    for p in parameters:
+        del states[p]["step"]
+    assert [None if x is None else float(x) for x in reader.counts(states, parameters, groups)] == [7, None, None]
 
 
 def test_finding_a_reader_imports_no_package() -> None:

@@ -13,16 +13,23 @@ import torch
 from torch import nn
 
 from optwatch import Monitor, kernels
+from optwatch.kernels import locate
 
 RELATIVE = 1e-5
 
 
-@pytest.fixture(params=["auto", "off"], ids=["kernel", "torch"])
-def watch(watch: Any, request: pytest.FixtureRequest) -> Any:
-    """Either way of reading tensors, and each certainly: the kernel is there before training begins."""
+@pytest.fixture(params=["compiled", "kernel", "torch"])
+def watch(watch: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Each way of finding and reading tensors, and each certainly: what is compiled is there before training begins."""
     kernels.prepare().join()
     assert kernels.kernel() is not None
-    return functools.partial(watch, kernel=request.param)
+    if request.param == "compiled":
+        kernels.prepare_addresses().join()
+        assert locate._locate is not None
+    else:
+        monkeypatch.setattr(locate, "_locate", None)
+        monkeypatch.setattr(locate, "_kept", None)
+    return functools.partial(watch, kernel="off" if request.param == "torch" else "auto")
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

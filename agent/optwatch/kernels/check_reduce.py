@@ -21,33 +21,23 @@ def main(path: str) -> str | None:
     bfloats = array("H", [(0x0000, 0x3F80, 0x4000, 0x4040)[i % 4] for i in range(COUNT)])
     halves = array("H", [(0x0000, 0x3C00, 0x4000, 0x4200)[i % 4] for i in range(COUNT)])
     doubles = array("d", floats)
-    addresses = [floats.buffer_info()[0], bfloats.buffer_info()[0], halves.buffer_info()[0], doubles.buffer_info()[0]]
-    pointers = array("Q", addresses * 4)
-    dtypes, sizes = bytes(range(4)), array("q", [COUNT] * 16)
-    thresholds, out = array("d", [1.5] * 16), array("d", bytes(8 * 4 * 18))
+    addresses = array("Q", [x.buffer_info()[0] for x in (floats, bfloats, halves, doubles)])
+    dtypes, sizes = array("B", range(4)), array("q", [COUNT] * 4)
+    thresholds, out = array("d", [1.5] * 4), array("d", bytes(8 * 4 * 24))
     total, squares = sum(floats), sum(x * x for x in floats)
     below = sum(x < 1.5 for x in floats)
-    want = [[squares] * 3, [squares, 0, 0], [total, 3, below], [0, squares, 0]]
-    positions = array("q", [3, 0])
-    # Four lists of four tensors: three numbers of each, and once more those of two of them.
-    table, all_dtypes, start = array("q"), dtypes * 4, out.buffer_info()[0]
-    for i, kind in enumerate((0, 0, 1, 2)):
-        at = start + 8 * 18 * i
-        table.extend((kind, 4, 3, at, 4, 2, positions.buffer_info()[0], at + 8 * 12, 2))
-    others = array("Q", [*addresses, *[0] * 8, *addresses])
-    status = reduce(
-        _address(table),
-        ctypes.c_int64(4),
-        _address(pointers),
-        all_dtypes,
-        _address(others),
-        all_dtypes,
-        _address(sizes),
-        _address(thresholds),
-        ctypes.c_int(1),
-        None,
-    )
-    right = [x for numbers in want for times in (4, 2) for x in numbers for _ in range(times)]
+    # Four lists of four tensors: three numbers of each, and once more those of the pairs, the last with the first.
+    wanted = ((0, 4, [squares] * 3), (0, 0, [squares, 0, 0]), (1, 0, [total, 3, below]), (2, 4, [0, squares, 0]))
+    positions, table = array("q", [3, 2, 1, 0]), array("q")
+    where, many, codes, right = _start(addresses), _start(sizes), _start(dtypes), array("d")
+    for i, (kind, paired, numbers) in enumerate(wanted):
+        at = _start(out) + 8 * 24 * i
+        table.extend((kind, 4, where, many, codes, _start(thresholds)))
+        table.extend((paired, where, many, codes, _start(positions), 3, at, 4, 3, at + 8 * 12, 4))
+        right.extend(number for times in (4, 4) for number in numbers for _ in range(times))
+        if not paired:
+            right[-12:] = array("d", bytes(8 * 12))
+    status = reduce(ctypes.c_void_p(_start(table)), ctypes.c_int64(4), ctypes.c_int(1), None)
     wrong = [f"number {i} is {x} instead of {y}" for i, (x, y) in enumerate(zip(out, right, strict=True)) if x != y]
     if status or wrong:
         return f"status {status}: {', '.join(wrong[:8])}"
@@ -59,8 +49,8 @@ def main(path: str) -> str | None:
     return None
 
 
-def _address(numbers: array[int] | array[float]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(numbers.buffer_info()[0])
+def _start(numbers: array[int] | array[float]) -> int:
+    return numbers.buffer_info()[0]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""Where tensors lie, and of which of them the memory may be read: what a kernel has to know before it reads.
+
+Asking a tensor for its address, size, dtype and layout takes Python microseconds, and its gradient becomes a Python
+object first: of 2000 tensors that is more than reading them. `locate.cpp` asks them all in one call. It is compiled in
+the background against the torch that is there, where an optimizer has as many parameters as make that worth it
+(`prepare`); until then, and where it cannot be, Python asks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from .build import library, locate_recipe
+from .plain import PLAIN, any_freed
+
+logger = logging.getLogger("optwatch")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""Codes of the dtypes that kernels know, as in reduce.c and locate.cpp."""
+MANY = 100
+"""Parameters from which compiling, which takes a core ten seconds once for a machine and torch, is worth it: Python
+asks as many in a quarter of a millisecond, at every step."""
+CPU = torch.device("cpu")
+States = Mapping[Any, Mapping[str, Any]]
+"""An optimizer's state: an entry for each parameter."""
+_DICTS = (dict, defaultdict)
+_dtype, _layout, _device, _on_cpu = map(attrgetter, ("dtype", "layout", "device", "is_cpu"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Addresses:
+    """Where some tensors lie whose memory may be read, until anything else is done to them."""
+
+    count: int
+    where: int
+    """The address of ``uint64`` each: the address of its first element."""
+    sizes: int
+    """The address of ``int64`` each: elements."""
+    dtypes: int
+    """The address of ``uint8`` each: the code of its dtype, see `DTYPES`."""
+    in_order: bool
+    """Whether all are contiguous, so that two tensors of one shape have their elements in one order: see `pairs`."""
+    keeper: object
+    """What all these addresses are in."""
+
+    def lists(self) -> tuple[list[int], list[int], list[int]]:
+        """Address, size and code of each."""
+        return (
+            (ctypes.c_uint64 * self.count).from_address(self.where)[:],
+            (ctypes.c_int64 * self.count).from_address(self.sizes)[:],
+            (ctypes.c_uint8 * self.count).from_address(self.dtypes)[:],
+        )
+
+    def key(self) -> tuple[bytes, bytes, bytes]:
+        """Address, size and code of each, to compare with those of another time."""
+        long = 8 * self.count
+        return (
+            ctypes.string_at(self.where, long),
+            ctypes.string_at(self.sizes, long),
+            ctypes.string_at(self.dtypes, self.count),
+        )
+
+
+class Gradients(Sequence[Tensor]):
+    """The gradients of parameters that have one, with their addresses: each becomes a Python object when asked for."""
+
+    def __init__(self, parameters: Sequence[Tensor], addresses: Addresses) -> None:
+        self.addresses = addresses
+        self._parameters = parameters
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return [_gradient(p) for p in self._parameters[index]]
+        return _gradient(self._parameters[index])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(_gradient, self._parameters)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    if gradient is None:
+        raise RuntimeError(f"the gradient of a parameter of shape {tuple(parameter.shape)} is gone while it is read")
+    return gradient
+
+
+def addresses(tensors: Sequence[Tensor], device: torch.device = CPU) -> Addresses | None:
+    """Where these lie. None where one is not a plain tensor, dense (see `dense`), on the device (any, of CPUs), of a
+    dtype that kernels know, whose memory was not given back: reading it could end the process. Waits for no device."""
+    if isinstance(tensors, Gradients):
+        return tensors.addresses
+    if _locate is None:
+        return _plainly(tensors, device)
+    found = _locate(tensors if type(tensors) is list else list(tensors), False, device)
+    return None if found is None else _addresses(found)
+
+
+def dense(x: Tensor) -> bool:
+    """Whether its elements fill a stretch of memory: in the order of its dimensions, or with the channels last."""
+    return (
+        x.is_contiguous()
+        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
+    )
+
+
+def pairs(xs: Sequence[Tensor], positions: Sequence[int], ys: Sequence[Tensor], *found: Addresses) -> bool:
+    """Whether each y has its elements in the order of the x at its position, and as many. Both have been `found`."""
+    if len(positions) != len(ys):
+        return False
+    in_order = all(each.in_order for each in found)
+    return in_order or all(xs[i].stride() == y.stride() for i, y in zip(positions, ys, strict=True))
+
+
+def gradients(parameters: list[Tensor], device: torch.device) -> tuple[Sequence[int], Sequence[Tensor]]:
+    """The positions of the parameters that have a gradient, ascending, and these gradients. Waits for no device."""
+    found = None if _locate is None else _locate(parameters, True, device)
+    if found is None:
+        each = [p.grad for p in parameters]
+        there = [gradient is not None for gradient in each]
+        return list(compress(range(len(each)), there)), [gradient for gradient in each if gradient is not None]
+    if found[0] == len(parameters):
+        return range(len(parameters)), Gradients(parameters, _addresses(found))
+    positions = (ctypes.c_int64 * found[0]).from_address(found[4])[:]
+    return positions, Gradients([parameters[i] for i in positions], _addresses(found))
+
+
+def moments(states: States, parameters: list[Tensor], names: tuple[str, ...]) -> list[Tensor | None] | None:
+    """What an optimizer's state has for each parameter under the first of these names that its entry has: plain tensors
+    of its shape, None for a parameter that has none. None for all where one is anything else, or nothing compiled is
+    there."""
+    return None if _kept is None or type(states) not in _DICTS else _kept(states, parameters, names, False)
+
+
+def counts(states: States, parameters: list[Tensor], name: str) -> list[float | Tensor | None] | None:
+    """The step count under this name, likewise: a number, or a 0-d tensor where reading it would wait for a device."""
+    return None if _kept is None or type(states) not in _DICTS else _kept(states, parameters, (name,), True)
+
+
+def _plainly(tensors: Sequence[Tensor], device: torch.device) -> Addresses | None:
+    """As `addresses`, in Python."""
+    dtypes = list(map(_dtype, tensors))
+    plain = (
+        PLAIN.issuperset(map(type, tensors))
+        and (all(map(_on_cpu, tensors)) if device.type == "cpu" else {device}.issuperset(map(_device, tensors)))
+        and {torch.strided}.issuperset(map(_layout, tensors))
+        and DTYPES.keys() >= set(dtypes)
+    )
+    in_order = plain and all(map(Tensor.is_contiguous, tensors))
+    if not plain or not (in_order or all(map(dense, tensors))):
+        return None
+    where = array("Q", map(Tensor.data_ptr, tensors))
+    if any_freed(tensors, where):
+        return None
+    sizes, codes = array("q", map(Tensor.numel, tensors)), array("B", map(DTYPES.__getitem__, dtypes))
+    at = where.buffer_info()[0], sizes.buffer_info()[0], codes.buffer_info()[0]
+    return Addresses(len(dtypes), *at, in_order, keeper=(where, sizes, codes))
+
+
+Found = tuple[int, int, int, int, int, bool, object]
+"""How many; where their addresses, sizes, dtypes and positions are; whether all are contiguous; what keeps these."""
+
+
+def _addresses(found: Found) -> Addresses:
+    count, where, sizes, dtypes, _, in_order, keeper = found
+    return Addresses(count, where, sizes, dtypes, in_order, keeper)
+
+
+_lock = threading.Lock()
+_maker: threading.Thread | None = None
+_locate: Callable[[list[Tensor], bool, torch.device], Found | None] | None = None
+_kept: Callable[[States, list[Tensor], tuple[str, ...], bool], list[Any] | None] | None = None
+
+
+def prepare() -> threading.Thread:
+    """Begin to compile or load `locate.cpp` on a background thread, once for a process; that thread."""
+    global _maker
+    with _lock:
+        if _maker is None:
+            _maker = threading.Thread(target=_make, name="optwatch-locate", daemon=True)
+            _maker.start()
+        return _maker
+
+
+def _make() -> None:
+    global _locate, _kept
+    try:
+        _locate, _kept = load(str(library(locate_recipe())))
+        logger.debug("optwatch: tensors are located by compiled code")
+    except Exception as error:  # noqa: BLE001 - never hurt the run: Python does the same
+        logger.debug("optwatch: nothing compiled to locate tensors, Python does it: %s", error)
+
+
+def load(path: str) -> tuple[Any, Any]:
+    """The functions of a compiled library."""
+    found = ctypes.PyDLL(path)  # keeps the GIL
+    thing, number = ctypes.py_object, ctypes.c_int
+    found.optwatch_locate.argtypes, found.optwatch_kept.argtypes = [thing, number, thing], [thing, thing, thing, number]
+    found.optwatch_locate.restype = found.optwatch_kept.restype = thing
+    return found.optwatch_locate, found.optwatch_kept

@@ -1,0 +1,160 @@
+"""Where tensors lie: compiled code says what Python says, and neither lets a kernel read what it must not."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from optwatch import kernels
+from optwatch.kernels import build, locate
+from optwatch.training.statistics import Reducer
+
+CPU = torch.device("cpu")
+RECIPE = build.locate_recipe()
+
+
+@pytest.fixture(params=["compiled", "Python"])
+def located(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    kernels.prepare_addresses().join()
+    assert locate._locate is not None, "there is no C++ compiler, or no headers of Python, or it does not compile"
+    if request.param == "Python":
+        monkeypatch.setattr(locate, "_locate", None)
+        monkeypatch.setattr(locate, "_kept", None)
+    return str(request.param)
+
+
+class Own(Tensor):
+    """A subclass, which may keep its elements anywhere."""
+
+
+def freed() -> Tensor:
+    whole = torch.ones(1000)
+    part = whole[100:]
+    whole.untyped_storage().resize_(0)  # as FSDP does with the parameters of other layers
+    return part
+
+
+UNREADABLE = {
+    "transposed": lambda: torch.ones(4, 3).t(),
+    "elsewhere": lambda: torch.ones(3, device="meta"),
+    "integers": lambda: torch.ones(3, dtype=torch.int64),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64),
+    "sparse": lambda: torch.ones(3).to_sparse(),
+    "freed": freed,
+    "freed whole": lambda: freed()._base,
+    "subclass": lambda: torch.ones(3).as_subclass(Own),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_of_a_list_with_one_that_no_kernel_may_read_nothing_is_told(name: str, located: str) -> None:
+    assert kernels.addresses([torch.ones(3), UNREADABLE[name]()]) is None
+
+
+def test_each_tensor_is_where_it_says_and_nothing_is_missed(located: str) -> None:
+    tensors = [torch.ones(n + 3)[3:].to(dtype) for n in (0, 1, 9) for dtype in locate.DTYPES]
+    tensors += [Parameter(torch.ones(2, 3)), torch.ones(7)[5:], torch.empty(0)]
+    found = kernels.addresses(tensors)
+    assert found is not None
+    where, sizes, dtypes = found.lists()
+    assert where == [x.data_ptr() for x in tensors]
+    assert sizes == [x.numel() for x in tensors]
+    assert dtypes == [locate.DTYPES[x.dtype] for x in tensors]
+    again = kernels.addresses(tuple(tensors))
+    assert again is not None
+    assert found.key() == again.key()
+    again = kernels.addresses(tensors[::-1])
+    assert again is not None
+    assert found.key() != again.key()
+
+
+def test_a_tensor_with_its_channels_last_is_read_as_it_lies_and_pairs_with_none_in_another_order(located: str) -> None:
+    kernels.prepare().join()
+    kernel = kernels.cpu_kernel()
+    assert kernel is not None
+    x, y = torch.randn(4, 3, 5, 2), torch.randn(4, 3, 5, 2)
+    volume = torch.randn(2, 3, 2, 2, 2).to(memory_format=torch.channels_last_3d)
+    last = [z.to(memory_format=torch.channels_last) for z in (x, y)]
+    for tensors, in_order in (([x, y], True), ([x, last[1]], False), ([volume], False)):
+        found = kernels.addresses(tensors)
+        assert found is not None
+        assert found.in_order == in_order
+    alone = kernel.reduce("products", [last[0], volume])
+    assert alone is not None
+    assert torch.allclose(alone[0], torch.stack([z.double().square().sum() for z in (x, volume)]))
+    assert kernel.largest(volume) == float(volume.abs().max())
+    pair = kernel.reduce("products", last[:1], last[1:])
+    assert pair is not None
+    want = (x.double() * y.double()).sum()
+    assert torch.allclose(pair[1], want)
+    assert kernel.reduce("products", [x], last[1:]) is None
+    assert torch.allclose(Reducer(CPU, compiled=True).dot_products([x], last[1:]), want)
+
+
+def test_gradients_are_told_with_the_parameters_that_have_one(located: str) -> None:
+    parameters: list[Tensor] = [Parameter(torch.ones(i)) for i in range(5)]
+    for i in (0, 2, 4):
+        parameters[i].grad = torch.full((i,), float(i))
+    positions, gradients = kernels.gradients(parameters, CPU)
+    assert list(positions) == [0, 2, 4]
+    assert isinstance(gradients, kernels.Gradients) == (located == "compiled")
+    assert all(x is parameters[i].grad for i, x in zip(positions, gradients, strict=True))
+    assert gradients[2] is parameters[4].grad
+    assert [len(x) for x in gradients[1:]] == [2, 4]
+    found = kernels.addresses(gradients)
+    assert found is not None
+    assert found.lists()[0] == [x.data_ptr() for x in gradients]
+    assert list(kernels.gradients(parameters[1:2], CPU)[0]) == []
+
+
+@pytest.mark.parametrize("name", sorted(UNREADABLE.keys() - {"integers", "elsewhere", "complex"}))
+def test_gradients_of_which_a_kernel_may_not_read_one_are_told_all_the_same(name: str, located: str) -> None:
+    odd = UNREADABLE[name]()
+    parameters: list[Tensor] = [Parameter(torch.ones(3)), Parameter(torch.ones(odd.shape))]
+    for parameter, gradient in zip(parameters, (torch.ones(3), odd), strict=True):
+        parameter.grad = gradient
+    positions, gradients = kernels.gradients(parameters, CPU)
+    assert list(positions) == [0, 1]
+    assert gradients[1] is odd
+    if name != "subclass" or located == "Python":  # one that keeps its elements as any tensor does
+        assert kernels.addresses(gradients) is None
+
+
+def test_a_gradient_lives_as_long_as_somebody_may_read_it(located: str) -> None:
+    parameter = Parameter(torch.ones(2**20))
+    parameter.grad = torch.full((2**20,), 3.0)
+    _, gradients = kernels.gradients([parameter], CPU)
+    found = kernels.addresses(gradients)
+    assert found is not None
+    parameter.grad = None  # another thread, while the kernel reads without the GIL
+    others = [torch.zeros(2**20) for _ in range(4)]
+    address = found.lists()[0][0]
+    assert address not in [x.data_ptr() for x in others]
+    del gradients, found
+    gc.collect()
+
+
+def test_a_gradient_that_is_gone_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.prepare_addresses().join()
+    parameter = Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    _, gradients = kernels.gradients([parameter], CPU)
+    parameter.grad = None
+    with pytest.raises(RuntimeError, match=r"gradient of a parameter of shape \(3,\) is gone"):
+        gradients[0]
+
+
+def test_a_library_that_tells_wrong_addresses_is_not_kept(tmp_path: Path) -> None:
+    text = RECIPE.source.read_text()
+    assert "x.const_data_ptr())" in text
+    source = tmp_path / "locate.cpp"
+    source.write_text(text.replace("x.const_data_ptr())", "x.const_data_ptr()) + 4"))
+    with pytest.raises(OSError, match="instead of"):
+        build.library(replace(RECIPE, source=source, flags=(*RECIPE.flags, "-O0")), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.so"))
