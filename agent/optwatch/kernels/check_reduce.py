@@ -41,6 +41,13 @@ def main(path: str) -> str | None:
     wrong = [f"number {i} is {x} instead of {y}" for i, (x, y) in enumerate(zip(out, right, strict=True)) if x != y]
     if status or wrong:
         return f"status {status}: {', '.join(wrong[:8])}"
+    copied = array("d", bytes(8 * COUNT))
+    target, first = array("Q", [_start(copied)]), array("q", [0])
+    last = where + 24, many, codes + 3
+    table = array("q", (3, 1, *last, 0, 1, _start(target), *last[1:], _start(first), *[0] * 6))
+    status = reduce(ctypes.c_void_p(_start(table)), ctypes.c_int64(1), ctypes.c_int(1), None)
+    if status or copied != doubles:
+        return f"status {status} of a copy, which is another"
     largest.restype = ctypes.c_double
     for dtype, address in enumerate(addresses):
         found = largest(ctypes.c_uint64(address), ctypes.c_int64(COUNT), ctypes.c_uint8(dtype), ctypes.c_int(1), None)

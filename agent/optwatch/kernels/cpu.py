@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from .request import Kind, Place, Request
 
 KINDS = {"products": 0, "nonnegative": 1, "changes": 2}
 """Codes of reduce.c."""
+COPY = 3
 
 
 class Kernel:
@@ -61,21 +64,29 @@ class Kernel:
         Raises:
             ValueError: numbers do not fit into their place.
         """
-        table, kept = array("q"), []
-        for request in requests:
-            xs, ys = addresses(request.xs), addresses(request.ys)
-            if xs is None or ys is None:
+        lists = []
+        for each in requests:
+            limits = None if each.thresholds is None else array("d", each.thresholds.tolist())
+            if limits is not None and len(limits) != len(each.xs):
                 return False
-            positions = array("q", range(ys.count) if request.positions is None else request.positions)
-            limits = None if request.thresholds is None else array("d", request.thresholds.tolist())
-            if not pairs(request.xs, positions, request.ys, xs, ys) or (limits is not None and len(limits) != xs.count):
-                return False
-            kept += [xs, ys, positions, limits]
-            table.extend((KINDS[request.kind], xs.count, xs.where, xs.sizes, xs.dtypes, _start(limits)))
-            table.extend((ys.count, ys.where, ys.sizes, ys.dtypes, _start(positions)))
-            table.extend(_where(request.out.numbers, xs.count))
-            table.extend((0, 0, 0) if request.pairs is None else _where(request.pairs.numbers, ys.count))
-        status: int = self._reduce(_start(table), len(requests), torch.get_num_threads(), self._parallel)
+            places = _where(each.out, len(each.xs)), _where(each.pairs, len(each.ys))
+            lists.append(_list(KINDS[each.kind], each.xs, each.ys, each.positions, limits, *places))
+        return self._call(lists)
+
+    def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
+        """Copy each to its target, which has its size and dtype. Releases the GIL meanwhile.
+
+        False, with nothing copied, where the kernel cannot read or write one, or a pair is not alike.
+        """
+        return self._call([_list(COPY, sources, targets)])
+
+    def _call(self, lists: Sequence[List | None]) -> bool:
+        """Whether all of these could be done."""
+        known = [each for each in lists if each is not None]
+        if len(known) < len(lists):
+            return False
+        table = array("q", chain.from_iterable(each.row for each in known))
+        status: int = self._reduce(_start(table), len(known), torch.get_num_threads(), self._parallel)
         return status == 0
 
     def largest(self, x: Tensor) -> float | None:
@@ -92,14 +103,47 @@ class Kernel:
         return None if result < 0 else result
 
 
+class List(NamedTuple):
+    """One list of the kernel's."""
+
+    row: tuple[int, ...]
+    """``struct list`` of reduce.c."""
+    kept: tuple[object, ...]
+    """What its addresses are in."""
+
+
+def _list(
+    kind: int,
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    positions: Sequence[int] | None = None,
+    limits: array[float] | None = None,
+    out: tuple[int, int, int] = (0, 0, 0),
+    pairs_out: tuple[int, int, int] = (0, 0, 0),
+) -> List | None:
+    """The list; None where the kernel may not read a tensor, or the elements of a pair are not in one order."""
+    x, y = addresses(xs), addresses(ys)
+    if x is None or y is None:
+        return None
+    at = array("q", range(y.count) if positions is None else positions)
+    if not pairs(xs, at, ys, x, y):
+        return None
+    left = kind, x.count, x.where, x.sizes, x.dtypes, _start(limits)
+    right = y.count, y.where, y.sizes, y.dtypes, _start(at)
+    return List((*left, *right, *out, *pairs_out), (x, y, at, limits))
+
+
 def _start(numbers: array[int] | array[float] | None) -> int:
     """The address of the first of them, 0 without any."""
     return 0 if numbers is None else numbers.buffer_info()[0]
 
 
-def _where(out: Tensor, count: int) -> tuple[int, int, int]:
+def _where(place: Place | None, count: int) -> tuple[int, int, int]:
     """How many numbers of each of `count` tensors are wanted, the address of the first, and elements from one to the
     next. Refuses what the kernel would write beyond."""
+    if place is None:
+        return 0, 0, 0
+    out = place.numbers
     rows = 1 if out.dim() == 1 else len(out)
     dense = out.dtype is torch.float64 and out.is_cpu and out.stride(-1) == 1
     if not dense or out.dim() > 2 or rows > 3 or out.shape[-1] != count:

@@ -1,4 +1,4 @@
-/* All statistics of many tensors in one pass over each, in double.
+/* All statistics of many tensors in one pass over each, in double; and copies of them.
  *
  * The elements of all tensors, one after the other, are cut into spans of one length. Threads take spans one by one,
  * so a list of one large tensor and 2000 small ones is shared out evenly; and as the length does not depend on the
@@ -11,7 +11,7 @@
 #include <string.h>
 
 enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64, DTYPES };
-enum { PRODUCTS, NONNEGATIVE, CHANGES };
+enum { PRODUCTS, NONNEGATIVE, CHANGES, COPY };
 /* Elements of the longest span and of the shortest, spans that a list has at least where they are longer than that, and
  * elements of a block that stays in the innermost cache. The processor begins to read ahead anew at each span. */
 enum { LONGEST = 1 << 17, SHORTEST = 1 << 15, FEWEST = 64, BLOCK = 1 << 10 };
@@ -153,6 +153,11 @@ INLINE void changes(const void *x, const void *y, int64_t start, int64_t stop, i
     out[1] += total(xx) + rest[1];
 }
 
+INLINE void copy(const void *x, void *y, int64_t start, int64_t stop, int dtype) {
+    int64_t first = start * item_bytes[dtype];
+    memcpy((char *)y + first, (const char *)x + first, (size_t)((stop - start) * item_bytes[dtype]));
+}
+
 /* Of a NaN and a number the NaN. */
 INLINE double larger(double a, double b) { return a > b || a != a ? a : b; }
 
@@ -238,6 +243,7 @@ static void alike(
     case d: \
         if (kind == NONNEGATIVE) nonnegative(x, start, stop, d, threshold, out); \
         else if (kind == CHANGES) changes(x, y, start, stop, d, out); \
+        else if (kind == COPY) copy(x, (void *)y, start, stop, d); \
         else if (y) products(x, y, start, stop, d, out); \
         else squares(x, start, stop, d, out); \
         return;
@@ -346,10 +352,12 @@ static int64_t gather(const struct list *lists, int64_t count, struct tensor *te
         for (int64_t i = 0; i < l->paired; i++) {
             int64_t t = l->positions[i];
             if (t < 0 || t >= l->count || l->y_sizes[i] != l->sizes[t] || l->y_dtypes[i] >= DTYPES) return -1;
+            if (l->kind == COPY && l->y_dtypes[i] != l->dtypes[t]) return -1;
             tensors[t].y = (const void *)(uintptr_t)l->ys[i];
             tensors[t].y_dtype = l->y_dtypes[i];
         }
-        for (int64_t t = 0; l->kind == CHANGES && t < l->count; t++)
+        int all_paired = l->kind == CHANGES || l->kind == COPY;
+        for (int64_t t = 0; all_paired && t < l->count; t++)
             if (l->sizes[t] && !tensors[t].y) return -1;
     }
     return all;
@@ -371,6 +379,7 @@ static void *scratch(size_t size) {
  * PRODUCTS: sum x², sum xy, sum y², the last two 0 of a tensor without a pair.
  * CHANGES: sum (x - y)², sum x², 0, every tensor in a pair.
  * NONNEGATIVE: sum x, max x (0 for none), number of x < its threshold (0 without thresholds).
+ * COPY: no numbers; every x is copied to its y, which is of its dtype.
  *
  * `parallel` is GOMP_parallel of the OpenMP runtime whose threads the caller uses anyway, or null for one thread.
  * Returns 0; 1 for a tensor without memory or of an unknown dtype, or a pair of two sizes, 2 where memory ran out: then

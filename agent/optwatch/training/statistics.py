@@ -284,6 +284,12 @@ class Reducer:
                     sums.index_copy_(0, block.pack.positions, _segments(squares, "sum", block.pack.sizes))
         return result.index_add_(1, plan.single_owners, partial)
 
+    def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        """Copy each tensor to its target, which has its shape and dtype and is on its device. Waits for no device."""
+        kernel = kernels.cpu_kernel() if self._compiles and self.device.type == "cpu" else None
+        if targets and (kernel is None or not kernel.copy(sources, targets)):
+            torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+
     def nonnegative(self, tensors: Iterable[Tensor], thresholds: Tensor | None, out: Place | None = None) -> Tensor:
         """Sum, largest entry and number of entries below a threshold, of tensors without negative entries.
 

@@ -117,6 +117,7 @@ class Update:
         self._places: list[list[Tensor]] = [[] for _ in self.windows]
         self._members = [[self._parameters[piece.parameter] for piece in window] for window in self.windows]
         self._views: list[tuple[tuple[bytes, ...] | None, list[Tensor]]] = [(None, []) for _ in self.windows]
+        self._window_dtypes = [[dtypes[piece.parameter] for piece in window] for window in self.windows]
         self._next = 0
         self._copies: list[Tensor] | None = None
 
@@ -134,7 +135,7 @@ class Update:
         """Copy the weights of the next window. A copy whose step raised is forgotten, and a rotation begins anew where
         a parameter of the window has become another dtype."""
         pieces = self._pieces()
-        if any(piece.dtype != self._dtypes[place.parameter] for piece, place in zip(pieces, self._window, strict=True)):
+        if [piece.dtype for piece in pieces] != self._window_dtypes[self._next]:
             self._begin_rotation()
             pieces = self._pieces()
         if self._scratch is None:
@@ -143,8 +144,7 @@ class Update:
         copies = self._places[self._next]
         if not copies:  # made once: a view costs more than copying a small tensor does
             copies += [self._place(piece) for piece in self._window]
-        if copies:
-            torch._foreach_copy_(copies, pieces, non_blocking=True)
+        self._reducer.copy(pieces, copies)
         self._copies = copies
 
     def after(self, skipped: Tensor | None = None) -> None:
