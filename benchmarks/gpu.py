@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from optwatch import Monitor, Settings, attach
+from optwatch import Monitor, Settings, attach, kernels
 from optwatch.kernels import device as kernels_of_devices
 
 RESULTS = Path(__file__).with_name("results") / "gpu.md"
@@ -156,6 +156,8 @@ def paths() -> list[str]:
 def compile_kernels(trainer: Trainer) -> list[str]:
     """Step until every form of the kernel that a step asks for is there, and say which path reads the statistics."""
     monitor = trainer.attach(1)
+    if len(trainer.optimizer.param_groups[0]["params"]) >= kernels.MANY:
+        kernels.prepare_addresses().join()
     end = time.monotonic() + 120
     for step in range(10_000):
         trainer.step()

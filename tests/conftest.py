@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """What is compiled once for a machine is there before tests run side by side: among them, and giving way to them, a
+    compiler would take minutes."""
+    if session.config.getoption("numprocesses", None):
+        program = "from optwatch import kernels; kernels.prepare_addresses().join()"
+        subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -50,7 +50,7 @@ class Recipe:
 
 def reduce_recipe() -> Recipe:
     """The CPU's kernel: about a second."""
-    flags = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-Wno-psabi")
+    flags = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
     compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
     return Recipe(_HERE / "reduce.c", _HERE / "check_reduce.py", compilers, flags)
 

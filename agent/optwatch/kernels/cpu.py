@@ -145,8 +145,8 @@ def _where(place: Place | None, count: int) -> tuple[int, int, int]:
         return 0, 0, 0
     out = place.numbers
     rows = 1 if out.dim() == 1 else len(out)
-    dense = out.dtype is torch.float64 and out.is_cpu and out.stride(-1) == 1
-    if not dense or out.dim() > 2 or rows > 3 or out.shape[-1] != count:
+    fits = out.dtype is torch.float64 and out.is_cpu and out.stride(-1) == 1
+    if not fits or out.dim() > 2 or rows > 3 or out.shape[-1] != count:
         raise ValueError(
             f"the numbers of {count} tensors do not fit into {tuple(out.shape)} of {out.dtype} on {out.device} with "
             f"strides {out.stride()}: give float64 on the CPU, {count} in its last dimension, which is dense"

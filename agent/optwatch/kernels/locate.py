@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 import threading
 from array import array
 from collections import defaultdict
@@ -205,6 +206,8 @@ def prepare() -> threading.Thread:
 def _make() -> None:
     global _locate, _kept
     try:
+        if not getattr(sys, "_is_gil_enabled", lambda: True)():
+            raise RuntimeError("it is for a Python with a GIL")
         _locate, _kept = load(str(library(locate_recipe())))
         logger.debug("optwatch: tensors are located by compiled code")
     except Exception as error:  # noqa: BLE001 - never hurt the run: Python does the same

@@ -6,6 +6,7 @@
  *
  * Built without -ffast-math: what a NaN or an infinity does to a sum is part of the result.
  */
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -363,16 +364,28 @@ static int64_t gather(const struct list *lists, int64_t count, struct tensor *te
     return all;
 }
 
-/* Memory for a call of this thread, kept for its next one: see locate.cpp for what an allocation costs behind a step. */
+static pthread_key_t key;
+static int usable;
+
+static void make_key(void) { usable = !pthread_key_create(&key, free); }
+
+/* Memory for a call of this thread, kept for its next one and freed with it: see locate.cpp for what an allocation costs
+ * behind a step. Null where there is none. */
 static void *scratch(size_t size) {
-    static __thread void *kept;
-    static __thread size_t held;
-    if (size > held) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_key);
+    if (!usable) return 0;
+    size_t *kept = pthread_getspecific(key); /* its size is in front of it */
+    if (!kept || *kept < size) {
         free(kept);
-        kept = malloc(size);
-        held = kept ? size : 0;
+        kept = malloc(LINE + size);
+        if (kept) *kept = size;
+        if (pthread_setspecific(key, kept)) {
+            free(kept);
+            kept = 0;
+        }
     }
-    return kept;
+    return kept ? (char *)kept + LINE : 0;
 }
 
 /* Reduce the dense tensors of some lists in one go. Three numbers of each.
