@@ -24,6 +24,9 @@ class NonFiniteDetector:
     def __init__(self) -> None:
         self.first_steps: dict[str, tuple[int, str]] = {}
         """By source, the step and layer at which the present incident met it first; emptied by the next incident."""
+        self.asks = False
+        """Whether weights and moments, of which most steps read but a part, are to be read at the next step: where a
+        source is met first, and before an incident is taken to be over."""
         self._finite_steps = QUIET_STEPS
         self._grad_norms: deque[float] = deque(maxlen=HISTORY)
 
@@ -31,6 +34,7 @@ class NonFiniteDetector:
         """Take the next record; the event of the incident that begins with it, if one does."""
         if not record.nonfinite:
             self._finite_steps += 1
+            self.asks = self._finite_steps == QUIET_STEPS // 2
             if record.grad_norm is not None:
                 self._grad_norms.append(record.grad_norm_before_clip or record.grad_norm)
             return []
@@ -38,9 +42,10 @@ class NonFiniteDetector:
         self._finite_steps = 0
         if begins:
             self.first_steps = {}
-        where = origin(record)
+        where, known = origin(record), len(self.first_steps)
         for found in record.nonfinite:
             self.first_steps.setdefault(found.source, (record.step, where.layer))
+        self.asks = len(self.first_steps) > known
         return [self._event(record, where)] if begins else []
 
     def _event(self, record: StepRecord, began: Origin) -> Event:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from optwatch.delivery.spool import default_directory
-from optwatch.detectors import Detectors, StallDetector, ValidationDetector, explain
+from optwatch.detectors import Detectors, NonFiniteDetector, StallDetector, ValidationDetector, explain
 from optwatch.events import Event
 from optwatch.faults import Faults
 from optwatch.record import StepRecord
@@ -69,9 +69,9 @@ class Detection:
         self._stall.stepped(self._clock())
         return self._of(record.optimizer).observe(record)
 
-    def first_nonfinite(self, optimizer: str) -> dict[str, tuple[int, str]]:
-        """See `NonFiniteDetector.first_steps`."""
-        return self._of(optimizer).nonfinite.first_steps
+    def nonfinite(self, optimizer: str) -> NonFiniteDetector:
+        """What knows of the present incident, if there is one."""
+        return self._of(optimizer).nonfinite
 
     def value(self, name: str, value: float) -> list[Event]:
         """Take a value given to ``monitor.log``; the event that begins with it."""

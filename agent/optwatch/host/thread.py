@@ -193,9 +193,8 @@ class Host(threading.Thread):
     def _hand_on(self, record: StepRecord) -> None:
         """Detectors, then sinks, then events: each on its own, so that one fault loses nothing else."""
         events = self.detection.observe(record)
-        if record.nonfinite:
-            first_steps = self.detection.first_nonfinite(record.optimizer)
-            self._guarded("sink", self._on_incident, record.optimizer, first_steps)
+        if (incident := self.detection.nonfinite(record.optimizer)).asks:
+            self._guarded("sink", self._on_incident, record.optimizer, incident.first_steps)
         for sink in list(self._sinks):
             self._guarded("sink", sink.record, record)
         self.hand_on_events(events)

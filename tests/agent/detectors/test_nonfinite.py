@@ -101,6 +101,19 @@ def test_it_remembers_where_each_source_was_met_first_until_the_next_incident() 
     assert detector.first_steps == {"gradient": (40, "c")}
 
 
+def test_it_asks_for_weights_and_moments_at_each_new_source_and_before_an_incident_is_over() -> None:
+    detector = NonFiniteDetector()
+    detector.observe(record(1))
+    assert not detector.asks
+    asked = []
+    weight = NonFinite("weight", "nan", ("c.w",), ("c",))
+    sources = {2: (gradient(0),), 3: (gradient(0), weight), 4: (gradient(0), weight), 5: (weight,)}
+    for step in range(2, 30):
+        detector.observe(record(step, *sources.get(step, ())))
+        asked += [step] if detector.asks else []
+    assert asked == [2, 3, 5 + QUIET_STEPS // 2]
+
+
 def test_its_event_is_critical_and_names_its_runbook() -> None:
     (event,) = NonFiniteDetector().observe(record(7, gradient(0)))
     assert (event.kind, event.severity, event.runbook) == ("nonfinite", "critical", "TrainingNonFinite")

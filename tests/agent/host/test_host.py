@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+from optwatch.detectors.nonfinite import QUIET_STEPS
 from optwatch.events import Event
 from optwatch.host.thread import MAX_REPORTED
 
@@ -120,6 +122,57 @@ def test_a_logged_loss_that_is_nan_is_an_incident(monitor: Any, optimizer: Any, 
     step(optimizer)
     assert monitor.flush(30)
     assert monitor.snapshot()['optwatch_nonfinite_total{source="loss"}'] == 1
+
+
+class Whole(Keeping):
+    """A sink that keeps the steps at which the last of all weights and moments has been read."""
+
+    def record(self, record: Any) -> None:
+        if record.sampled:
+            super().record(record)
+
+    @property
+    def steps(self) -> list[int]:
+        return [number for what, number in self.seen if what == "record"]
+
+
+def test_a_run_that_goes_on_with_its_nan_is_read_whole_for_each_source_and_then_as_ever(
+    watch: Any, net: torch.nn.Module, step: Any
+) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    monitor, sink = watch(optimizer, sample_every=8), Whole()
+    monitor.sinks.append(sink)
+    for number in range(1, 33):
+        step(optimizer, float("nan") if number == 3 else 1.0)
+        assert monitor.flush(30)
+    # Step 4 for the loss and the gradients of step 3, step 5 for the weights of step 4 if no part of step 3 had any.
+    assert [number for number in sink.steps if number not in (4, 5)] == [1, 8, 16, 24, 32]
+    assert 4 in sink.steps
+    assert monitor.snapshot()['optwatch_nonfinite_total{source="loss"}'] == 30
+
+
+def test_weights_alone_that_stay_nan_are_one_incident_although_few_steps_read_them_all(watch: Any, step: Any) -> None:
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]  # the second is used by nothing
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    monitor, sink = watch(optimizer, sample_every=40), Whole()
+    monitor.sinks.append(sink)
+    for number in range(1, 101):
+        if number == 41:
+            with torch.no_grad():
+                weights[1].fill_(float("nan"))
+        weights[0].square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert monitor.flush(30)
+        if number == 95:
+            with torch.no_grad():
+                weights[1].fill_(1.0)
+    events = [(kind, number) for kind, number in sink.seen if kind == "nonfinite"]
+    assert len(events) == 1
+    assert 41 <= events[0][1] <= 80
+    # Read whole now and then: the steps between, which read nothing bad, would otherwise be taken for its end.
+    whole = [number for number in sink.steps if events[0][1] < number < 95]
+    assert 3 <= max(later - earlier for earlier, later in pairwise(whole)) < QUIET_STEPS
 
 
 def test_values_from_many_threads_all_arrive(monitor: Any) -> None:
