@@ -22,17 +22,12 @@ int code(at::ScalarType dtype) {
     }
 }
 
-/* Whether its elements fill a stretch of memory: in the order of its dimensions, or with the channels last. */
-bool dense(const at::Tensor &x) {
-    return x.is_contiguous() || (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast)) ||
-        (x.dim() == 5 && x.is_contiguous(at::MemoryFormat::ChannelsLast3d));
-}
-
-/* Whether its memory may be read: of a plain dense tensor on this device, whose memory was not given back. */
+/* Whether its memory may be read: of a plain tensor on this device, whose elements fill a stretch of memory in any order
+ * of dimensions, and whose memory was not given back. */
 bool readable(const at::Tensor &x, const at::Device &device) {
     return x.defined() && !x.unsafeGetTensorImpl()->is_python_dispatch() && x.layout() == at::kStrided &&
         (device.is_cpu() ? x.device().is_cpu() : x.device() == device) && code(x.scalar_type()) >= 0 && x.has_storage() &&
-        dense(x) && (x.numel() == 0 || x.storage().data() != nullptr);
+        x.is_non_overlapping_and_dense() && (x.numel() == 0 || x.storage().data() != nullptr);
 }
 
 struct Located {

@@ -117,12 +117,15 @@ def addresses(tensors: Sequence[Tensor], device: torch.device = CPU) -> Addresse
 
 
 def dense(x: Tensor) -> bool:
-    """Whether its elements fill a stretch of memory: in the order of its dimensions, or with the channels last."""
-    return (
-        x.is_contiguous()
-        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
-    )
+    """Whether its elements fill a stretch of memory, each once, in any order of its dimensions."""
+    if x.is_contiguous():
+        return True
+    filled = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != filled:
+            return False
+        filled *= size
+    return True
 
 
 def pairs(xs: Sequence[Tensor], positions: Sequence[int], ys: Sequence[Tensor], *found: Addresses) -> bool:

@@ -41,7 +41,9 @@ def freed() -> Tensor:
 
 
 UNREADABLE = {
-    "transposed": lambda: torch.ones(4, 3).t(),
+    "with gaps": lambda: torch.ones(4, 3)[:, ::2],
+    "a column": lambda: torch.ones(4, 3).t()[:1],
+    "expanded": lambda: torch.ones(1, 3).expand(4, 3),
     "elsewhere": lambda: torch.ones(3, device="meta"),
     "integers": lambda: torch.ones(3, dtype=torch.int64),
     "complex": lambda: torch.ones(3, dtype=torch.complex64),
@@ -74,27 +76,38 @@ def test_each_tensor_is_where_it_says_and_nothing_is_missed(located: str) -> Non
     assert found.key() != again.key()
 
 
-def test_a_tensor_with_its_channels_last_is_read_as_it_lies_and_pairs_with_none_in_another_order(located: str) -> None:
+REORDERED = {
+    "transposed": lambda x: x.transpose(0, 3).contiguous().transpose(0, 3),
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "three dimensions, channels last": lambda x: x[:, :, None].contiguous(memory_format=torch.channels_last_3d),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_a_tensor_in_another_order_of_dimensions_is_read_as_it_lies_but_not_in_a_pair_with_one_in_its_own(
+    name: str, located: str
+) -> None:
     kernels.prepare().join()
     kernel = kernels.cpu_kernel()
     assert kernel is not None
-    x, y = torch.randn(4, 3, 5, 2), torch.randn(4, 3, 5, 2)
-    volume = torch.randn(2, 3, 2, 2, 2).to(memory_format=torch.channels_last_3d)
-    last = [z.to(memory_format=torch.channels_last) for z in (x, y)]
-    for tensors, in_order in (([x, y], True), ([x, last[1]], False), ([volume], False)):
+    reorder, x, y = REORDERED[name], torch.randn(4, 3, 5, 2), torch.randn(4, 3, 5, 2)
+    other, another = reorder(x), reorder(y)
+    assert not other.is_contiguous()
+    for tensors, in_order in (([x, y], True), ([x, other], False)):
         found = kernels.addresses(tensors)
         assert found is not None
         assert found.in_order == in_order
-    alone = kernel.reduce("products", [last[0], volume])
+    alone = kernel.reduce("products", [other, y])
     assert alone is not None
-    assert torch.allclose(alone[0], torch.stack([z.double().square().sum() for z in (x, volume)]))
-    assert kernel.largest(volume) == float(volume.abs().max())
-    pair = kernel.reduce("products", last[:1], last[1:])
-    assert pair is not None
+    assert torch.allclose(alone[0], torch.stack([z.double().square().sum() for z in (x, y)]))
+    assert kernel.largest(other) == float(x.abs().max())
     want = (x.double() * y.double()).sum()
+    pair = kernel.reduce("products", [other], [another])
+    assert pair is not None
     assert torch.allclose(pair[1], want)
-    assert kernel.reduce("products", [x], last[1:]) is None
-    assert torch.allclose(Reducer(CPU, compiled=True).dot_products([x], last[1:]), want)
+    flat = x.reshape(other.shape)
+    assert kernel.reduce("products", [flat], [another]) is None
+    assert torch.allclose(Reducer(CPU, compiled=True).dot_products([flat], [another]), want)
 
 
 def test_gradients_are_told_with_the_parameters_that_have_one(located: str) -> None:
