@@ -15,6 +15,7 @@ import threading
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from ctypes import string_at
 from dataclasses import dataclass
 from itertools import compress
 from operator import attrgetter
@@ -55,22 +56,15 @@ class Addresses:
     keeper: object
     """What all these addresses are in."""
 
-    def lists(self) -> tuple[list[int], list[int], list[int]]:
-        """Address, size and code of each."""
-        return (
-            (ctypes.c_uint64 * self.count).from_address(self.where)[:],
-            (ctypes.c_int64 * self.count).from_address(self.sizes)[:],
-            (ctypes.c_uint8 * self.count).from_address(self.dtypes)[:],
-        )
-
     def key(self) -> tuple[bytes, bytes, bytes]:
         """Address, size and code of each, to compare with those of another time."""
         long = 8 * self.count
-        return (
-            ctypes.string_at(self.where, long),
-            ctypes.string_at(self.sizes, long),
-            ctypes.string_at(self.dtypes, self.count),
-        )
+        return string_at(self.where, long), string_at(self.sizes, long), string_at(self.dtypes, self.count)
+
+    def lists(self) -> tuple[list[int], list[int], list[int]]:
+        """Address, size and code of each."""
+        where, sizes, dtypes = self.key()
+        return array("Q", where).tolist(), array("q", sizes).tolist(), list(dtypes)
 
 
 class Gradients(Sequence[Tensor]):
@@ -145,7 +139,7 @@ def gradients(parameters: list[Tensor], device: torch.device) -> tuple[Sequence[
         return list(compress(range(len(each)), there)), [gradient for gradient in each if gradient is not None]
     if found[0] == len(parameters):
         return range(len(parameters)), Gradients(parameters, _addresses(found))
-    positions = (ctypes.c_int64 * found[0]).from_address(found[4])[:]
+    positions = array("q", string_at(found[4], 8 * found[0])).tolist()
     return positions, Gradients([parameters[i] for i in positions], _addresses(found))
 
 
