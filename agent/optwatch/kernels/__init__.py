@@ -6,7 +6,6 @@ where it cannot be, `statistics` does the same in torch's own operations.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import device as devices
+from .background import Background
 from .build import library, reduce_recipe
 from .cpu import Kernel
-from .locate import MANY, Addresses, Gradients, addresses, counts, gradients, moments
+from .locate import CPU, MANY, Addresses, Gradients, addresses, counts, gradients, moments
 from .locate import prepare as prepare_addresses
 from .request import Kind, Place, Request
 
@@ -41,8 +41,6 @@ __all__ = [
     "prepare_addresses",
 ]
 
-logger = logging.getLogger("optwatch")
-
 
 class Reduces(Protocol):
     """A kernel. None where it cannot read the tensors, or is not there yet: torch's operations do the same."""
@@ -58,22 +56,14 @@ class Reduces(Protocol):
         """See `Kernel.reduce`."""
 
 
-CPU = torch.device("cpu")
-_lock = threading.Lock()
-_maker: threading.Thread | None = None
-_kernel: Kernel | None = None
+_kernel = Background(
+    "kernel", lambda: Kernel(library(reduce_recipe())), "statistics are read by torch's operations, which do the same"
+)
 
 
 def prepare(device: torch.device = CPU) -> threading.Thread:
     """Begin to compile or load the device's kernel on a background thread, once for a process; that thread."""
-    global _maker
-    if device.type != "cpu":
-        return devices.prepare(device)
-    with _lock:
-        if _maker is None:
-            _maker = threading.Thread(target=_make, name="optwatch-kernel", daemon=True)
-            _maker.start()
-        return _maker
+    return _kernel.prepare() if device.type == "cpu" else devices.prepare(device)
 
 
 def kernel(device: torch.device = CPU) -> Reduces | None:
@@ -83,13 +73,4 @@ def kernel(device: torch.device = CPU) -> Reduces | None:
 
 def cpu_kernel() -> Kernel | None:
     """The CPU's kernel, once it is there. Never waits."""
-    return _kernel
-
-
-def _make() -> None:
-    global _kernel
-    try:
-        _kernel = Kernel(library(reduce_recipe()))
-        logger.debug("optwatch: statistics are read by the compiled kernel")
-    except Exception as error:  # noqa: BLE001 - never hurt the run: torch's operations do the same
-        logger.debug("optwatch: no compiled kernel, statistics are read by torch's operations: %s", error)
+    return _kernel.made

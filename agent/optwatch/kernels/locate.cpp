@@ -5,6 +5,7 @@
  */
 #include <torch/csrc/Device.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 
 #include <memory>
 #include <vector>
@@ -119,7 +120,7 @@ PyObject *count(PyObject *value) {
 
 /* A new list of what is kept of each parameter; null where something is not as most optimizers keep it. */
 PyObject *kept(PyObject *state, PyObject *parameters, PyObject *names, bool counts) {
-    PyObject *list = PyList_New(PyList_GET_SIZE(parameters));
+    THPObjectPtr list(PyList_New(PyList_GET_SIZE(parameters))); /* let go where a tensor throws, too */
     for (Py_ssize_t i = 0; list && i < PyList_GET_SIZE(parameters); i++) {
         PyObject *parameter = PyList_GET_ITEM(parameters, i), *value = nullptr, *found = nullptr;
         PyObject *entry = PyDict_GetItemWithError(state, parameter);
@@ -128,11 +129,11 @@ PyObject *kept(PyObject *state, PyObject *parameters, PyObject *names, bool coun
             value = PyDict_GetItemWithError(entry, PyTuple_GET_ITEM(names, k));
         if (known && value) found = counts ? count(value) : moment(value, THPVariable_Unpack(parameter));
         else if (known && !PyErr_Occurred()) found = Py_NewRef(Py_None);
-        if (found) PyList_SET_ITEM(list, i, found);
-        else Py_CLEAR(list);
+        if (found) PyList_SET_ITEM(list.get(), i, found);
+        else list = nullptr;
     }
     PyErr_Clear();
-    return list;
+    return list.release();
 }
 
 } // namespace

@@ -9,7 +9,6 @@ the background against the torch that is there, where an optimizer has as many p
 from __future__ import annotations
 
 import ctypes
-import logging
 import sys
 import threading
 from array import array
@@ -19,15 +18,15 @@ from ctypes import string_at
 from dataclasses import dataclass
 from itertools import compress
 from operator import attrgetter
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from .background import Background
 from .build import library, locate_recipe
 from .plain import PLAIN, any_freed
 
-logger = logging.getLogger("optwatch")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """Codes of the dtypes that kernels know, as in reduce.c and locate.cpp."""
 MANY = 100
@@ -36,7 +35,6 @@ asks as many in a quarter of a millisecond, at every step."""
 CPU = torch.device("cpu")
 States = Mapping[Any, Mapping[str, Any]]
 """An optimizer's state: an entry for each parameter."""
-_DICTS = (dict, defaultdict)
 _dtype, _layout, _device, _on_cpu = map(attrgetter, ("dtype", "layout", "device", "is_cpu"))
 
 
@@ -104,9 +102,9 @@ def addresses(tensors: Sequence[Tensor], device: torch.device = CPU) -> Addresse
     dtype that kernels know, whose memory was not given back: reading it could end the process. Waits for no device."""
     if isinstance(tensors, Gradients):
         return tensors.addresses
-    if _locate is None:
+    if (code := compiled.made) is None:
         return _plainly(tensors, device)
-    found = _locate(tensors if type(tensors) is list else list(tensors), False, device)
+    found = code.locate(tensors if type(tensors) is list else list(tensors), False, device)
     return None if found is None else _addresses(found)
 
 
@@ -132,7 +130,7 @@ def pairs(xs: Sequence[Tensor], positions: Sequence[int], ys: Sequence[Tensor], 
 
 def gradients(parameters: list[Tensor], device: torch.device) -> tuple[Sequence[int], Sequence[Tensor]]:
     """The positions of the parameters that have a gradient, ascending, and these gradients. Waits for no device."""
-    found = None if _locate is None else _locate(parameters, True, device)
+    found = None if (code := compiled.made) is None else code.locate(parameters, True, device)
     if found is None:
         each = [p.grad for p in parameters]
         there = [gradient is not None for gradient in each]
@@ -147,12 +145,18 @@ def moments(states: States, parameters: list[Tensor], names: tuple[str, ...]) ->
     """What an optimizer's state has for each parameter under the first of these names that its entry has: plain tensors
     of its shape, None for a parameter that has none. None for all where one is anything else, or nothing compiled is
     there."""
-    return None if _kept is None or type(states) not in _DICTS else _kept(states, parameters, names, False)
+    return _kept(states, parameters, names, False)
 
 
 def counts(states: States, parameters: list[Tensor], name: str) -> list[float | Tensor | None] | None:
     """The step count under this name, likewise: a number, or a 0-d tensor where reading it would wait for a device."""
-    return None if _kept is None or type(states) not in _DICTS else _kept(states, parameters, (name,), True)
+    return _kept(states, parameters, (name,), True)
+
+
+def _kept(states: States, parameters: list[Tensor], names: tuple[str, ...], count: bool) -> list[Any] | None:
+    if (code := compiled.made) is None or type(states) not in (dict, defaultdict):
+        return None
+    return code.kept(states, parameters, names, count)
 
 
 def _plainly(tensors: Sequence[Tensor], device: torch.device) -> Addresses | None:
@@ -184,37 +188,26 @@ def _addresses(found: Found) -> Addresses:
     return Addresses(count, where, sizes, dtypes, in_order, keeper)
 
 
-_lock = threading.Lock()
-_maker: threading.Thread | None = None
-_locate: Callable[[list[Tensor], bool, torch.device], Found | None] | None = None
-_kept: Callable[[States, list[Tensor], tuple[str, ...], bool], list[Any] | None] | None = None
+class Compiled(NamedTuple):
+    """The functions of `locate.cpp`."""
+
+    locate: Callable[[list[Tensor], bool, torch.device], Found | None]
+    kept: Callable[[States, list[Tensor], tuple[str, ...], bool], list[Any] | None]
+
+
+def _load() -> Compiled:
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise RuntimeError("it is for a Python with a GIL")
+    found = ctypes.PyDLL(str(library(locate_recipe())))  # keeps the GIL
+    thing, number = ctypes.py_object, ctypes.c_int
+    found.optwatch_locate.argtypes, found.optwatch_kept.argtypes = [thing, number, thing], [thing, thing, thing, number]
+    found.optwatch_locate.restype = found.optwatch_kept.restype = thing
+    return Compiled(found.optwatch_locate, found.optwatch_kept)
+
+
+compiled = Background("locate", _load, "tensors are found by Python, which does the same")
 
 
 def prepare() -> threading.Thread:
     """Begin to compile or load `locate.cpp` on a background thread, once for a process; that thread."""
-    global _maker
-    with _lock:
-        if _maker is None:
-            _maker = threading.Thread(target=_make, name="optwatch-locate", daemon=True)
-            _maker.start()
-        return _maker
-
-
-def _make() -> None:
-    global _locate, _kept
-    try:
-        if not getattr(sys, "_is_gil_enabled", lambda: True)():
-            raise RuntimeError("it is for a Python with a GIL")
-        _locate, _kept = load(str(library(locate_recipe())))
-        logger.debug("optwatch: tensors are located by compiled code")
-    except Exception as error:  # noqa: BLE001 - never hurt the run: Python does the same
-        logger.debug("optwatch: nothing compiled to locate tensors, Python does it: %s", error)
-
-
-def load(path: str) -> tuple[Any, Any]:
-    """The functions of a compiled library."""
-    found = ctypes.PyDLL(path)  # keeps the GIL
-    thing, number = ctypes.py_object, ctypes.c_int
-    found.optwatch_locate.argtypes, found.optwatch_kept.argtypes = [thing, number, thing], [thing, thing, thing, number]
-    found.optwatch_locate.restype = found.optwatch_kept.restype = thing
-    return found.optwatch_locate, found.optwatch_kept
+    return compiled.prepare()

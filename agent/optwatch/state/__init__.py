@@ -14,7 +14,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from . import bitsandbytes, pytorch_optimizer, small_packages, torch_optim
-from .reader import Denominator, Entry, Reader, Unavailable, step_count
+from .reader import Denominator, Entry, Reader, Unavailable
 from .size import extent, is_empty, state_bytes
 from .stored import Compact, Stored, aligned, dot_products, entries, nonnegative, products, square_sums
 from .wrappers import class_names, holder, rescaled
@@ -106,6 +106,5 @@ __all__ = [
     "reader_for",
     "square_sums",
     "state_bytes",
-    "step_count",
     "unknown",
 ]

@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optwatch import kernels
+from optwatch.kernels.locate import States
 
 from .stored import Compact, Factored, Parts, Quantized, Shared, Softsign, Stored
 
 Group = Mapping[str, Any]
 Entry = Mapping[str, Any]
 """The state of one parameter."""
-States = Mapping[Any, Entry]
-"""Those of all, by parameter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optwatch import kernels, state
+from optwatch.kernels.locate import States
 from optwatch.kernels.plain import PLAIN
 from optwatch.parallel import deepspeed, placement, store
 from optwatch.parallel.checksums import Checks
@@ -30,7 +30,7 @@ from .statistics import Reducer
 from .transfer import numbers, sent
 from .update import SPREAD, Update
 
-ReadAll = Callable[[Mapping[Any, Mapping[str, Any]], list[Tensor]], list[state.Stored | None]]
+ReadAll = Callable[[States, list[Tensor]], list[state.Stored | None]]
 """Reads a moment of some parameters in an optimizer's state."""
 
 
@@ -123,7 +123,7 @@ class Readings:
         present = asked if len(positions) == len(asked) else [asked[i] for i in positions]
         return present, list(map(placement.local, gradients)) if self._cut else gradients
 
-    def read_gradients(self, row: rows.Row, due: Sequence[int], wanted: set[int] | None = None) -> bool:
+    def read_gradients(self, row: rows.Row, due: list[int], wanted: set[int] | None = None) -> bool:
         """Reduce the gradients into the row, beside the first moments that are `due`; those read before for the same
         step are replaced. Whether they could be read without waiting.
 
@@ -147,7 +147,7 @@ class Readings:
         return True
 
     def _moments_before(
-        self, due: Sequence[int], present: list[int], gradients: Sequence[Tensor]
+        self, due: list[int], present: list[int], gradients: Sequence[Tensor]
     ) -> tuple[list[int], list[int], list[state.Stored]]:
         """The first moments that are due of those whose product with the gradient has a meaning: their parameters, the
         positions of their gradients, and themselves."""
@@ -157,7 +157,7 @@ class Readings:
         # becomes no Python object for that to be asked.
         plain = isinstance(gradients, kernels.Gradients)
         if plain and all_present and all(isinstance(moment, Tensor) for moment in held):
-            return list(due), list(due), held  # type: ignore[return-value]  # none is None
+            return due, due, held  # type: ignore[return-value]  # none is None
         indices: list[int] = []
         positions: list[int] = []
         moments: list[state.Stored] = []

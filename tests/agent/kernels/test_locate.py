@@ -22,10 +22,9 @@ RECIPE = build.locate_recipe()
 @pytest.fixture(params=["compiled", "Python"])
 def located(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     kernels.prepare_addresses().join()
-    assert locate._locate is not None, "there is no C++ compiler, or no headers of Python, or it does not compile"
+    assert locate.compiled.made is not None, "there is no C++ compiler, or no headers of Python, or it does not compile"
     if request.param == "Python":
-        monkeypatch.setattr(locate, "_locate", None)
-        monkeypatch.setattr(locate, "_kept", None)
+        monkeypatch.setattr(locate.compiled, "made", None)
     return str(request.param)
 
 

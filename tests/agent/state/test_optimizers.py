@@ -67,7 +67,7 @@ def test_what_is_exported_equals_the_definition_of_each_optimizer(package: str, 
     if names is not None and not names:
         pytest.skip("all of it runs with OPTWATCH_ALL_OPTIMIZERS=1")
     kernels.prepare_addresses().join()  # else some would be read by Python alone: few have 100 parameters
-    assert locate._kept is not None
+    assert locate.compiled.made is not None
     subjects = page.proved(package, tmp_path, names)
     assert {s.name: s.problems for s in subjects if s.problems} == {}
     document = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
@@ -130,9 +130,9 @@ def test_a_key_that_does_not_hold_what_it_should_is_no_moment(
     odd: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels.prepare_addresses().join()
-    assert locate._kept is not None
+    assert locate.compiled.made is not None
     if not compiled:
-        monkeypatch.setattr(locate, "_kept", None)
+        monkeypatch.setattr(locate.compiled, "made", None)
     first, second, third = (nn.Parameter(torch.ones(2)) for _ in range(3))
     reader, moment = state.READERS["torch.Adam"], torch.ones(2)
     states: dict[Any, Any] = {first: {"exp_avg": moment}, second: {"exp_avg_sq": moment}}
@@ -146,7 +146,7 @@ def test_a_key_that_does_not_hold_what_it_should_is_no_moment(
 def test_steps_are_counted_by_the_parameter_or_by_its_group(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.prepare_addresses().join()
     if not compiled:
-        monkeypatch.setattr(locate, "_kept", None)
+        monkeypatch.setattr(locate.compiled, "made", None)
     parameters: list[torch.Tensor] = [nn.Parameter(torch.ones(2)) for _ in range(3)]
     reader, groups = state.READERS["torch.Adam"], [{"step": 7}, {}, {}]
     steps = [torch.tensor(3.0), torch.tensor([4.0]), 5]

@@ -25,10 +25,9 @@ def watch(watch: Any, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     assert kernels.kernel() is not None
     if request.param == "compiled":
         kernels.prepare_addresses().join()
-        assert locate._locate is not None
+        assert locate.compiled.made is not None
     else:
-        monkeypatch.setattr(locate, "_locate", None)
-        monkeypatch.setattr(locate, "_kept", None)
+        monkeypatch.setattr(locate.compiled, "made", None)
     return functools.partial(watch, kernel="off" if request.param == "torch" else "auto")
 
 
