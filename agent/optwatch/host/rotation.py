@@ -30,7 +30,8 @@ class Rotation:
         """Which of them have been measured, bool."""
         self._met: dict[str, bool] = {}
         """Sections that have been measured of any parameter, and whether of all, as far as has been looked."""
-        self._second_sizes: dict[int, int] = {}
+        self._second_sizes: Tensor
+        """Entries of each second moment: shape ``(n,)``, float64."""
 
     def join(self, row: Row, skipped: bool) -> None:
         """Put the latest numbers of all parameters into a row that completes a rotation, and take those of a part out
@@ -43,7 +44,8 @@ class Rotation:
             shape = len(ROTATING), len(row.layout.names)
             self._latest = torch.zeros(shape, dtype=torch.float64)
             self._known = torch.zeros(shape, dtype=torch.bool)
-            self._met, self._second_sizes = {}, {}
+            self._second_sizes = torch.zeros(shape[1], dtype=torch.float64)
+            self._met = {}
         self._keep(row, skipped)
         for name in ROTATING:
             row.measured.pop(name, None)
@@ -53,9 +55,8 @@ class Rotation:
 
     def _keep(self, row: Row, skipped: bool) -> None:
         if "second_sum" in row.measured:
-            indices = row.measured["second_sum"]
-            everything = range(len(row.layout.names))
-            self._second_sizes.update(zip(everything if indices is None else indices, row.second_sizes, strict=True))
+            sizes = torch.as_tensor(row.second_sizes, dtype=torch.float64)
+            self._second_sizes.index_copy_(0, positions_of(row, "second_sum"), sizes)
             if row.step_counts is not None:
                 self._set(len(ROTATING) - 1, row, "second_sum", row.step_counts.view(1, -1))
         # Sections side by side of which the same parameters were measured are kept at once: each operation of torch's
@@ -101,7 +102,8 @@ class Rotation:
             else:
                 row.layout.section(row.values, name)[: len(values)] = values
                 row.measured[name] = indices
-        row.second_sizes = [self._second_sizes[index] for index in sorted(self._second_sizes)]
+                if name == "second_sum":
+                    row.second_sizes = (self._second_sizes if indices is None else self._second_sizes[known]).clone()
 
 
 def positions_of(row: Row, name: str) -> Tensor:

@@ -155,7 +155,7 @@ def _moments(row: Row, record: StepRecord) -> None:
         record.layer_first_moment_norm = _by_layer(row, *firsts).sqrt_().tolist()
     if (seconds := _section(row, "second_sum")) is not None:
         positions, sums = seconds
-        sizes = torch.tensor(row.second_sizes, dtype=torch.float64)
+        sizes = torch.as_tensor(row.second_sizes, dtype=torch.float64)
         layer_sizes = _by_layer(row, positions, sizes)
         record.second_moment_mean = float(sums.sum() / sizes.sum())
         record.layer_second_moment_mean = (_by_layer(row, positions, sums) / layer_sizes).tolist()
@@ -172,21 +172,22 @@ def _adaptivity(row: Row, record: StepRecord, positions: Tensor, sums: Tensor, s
     if counts is None:
         stored = _section(row, "step_count")
         counts = stored[1] if stored else None
-    groups = [row.layout.groups[i] for i in positions.tolist()]
-    betas, epsilons = [row.betas2[g] for g in groups], [row.epsilons[g] for g in groups]
-    if counts is None or None in betas or None in epsilons:
+    groups = row.layout.group_index[positions]
+    betas, epsilons = _of_groups(row.betas2, groups), _of_groups(row.epsilons, groups)
+    if counts is None or betas is None or epsilons is None:
         return
     below = _section(row, "second_below")
     assert below is not None  # noqa: S101 - written together with the sums
     record.epsilon_dominated_ratio = float(below[1].sum() / sizes.sum())
     if not row.exact_rate or not record.learning_rates:
         return
-    correction = 1 - torch.tensor(betas, dtype=torch.float64) ** counts
+    rates = _of_groups(record.learning_rates, groups)
+    assert rates is not None  # noqa: S101 - all have one, or none
+    correction = 1 - betas**counts
     corrected = sums / correction
-    bounds = torch.tensor(epsilons, dtype=torch.float64)
+    bounds = epsilons
     if row.late_correction:  # η√(1 − β₂ᵗ) / (√v + ε) = η / (√v̂ + ε / √(1 − β₂ᵗ))
         bounds = bounds / correction.sqrt()
-    rates = torch.tensor([record.learning_rates[g] for g in groups], dtype=torch.float64)
     layer_sizes = _by_layer(row, positions, sizes)
     root = (_by_layer(row, positions, corrected) / layer_sizes).sqrt_()
     epsilon = _by_layer(row, positions, bounds * sizes) / layer_sizes
@@ -194,6 +195,13 @@ def _adaptivity(row: Row, record: StepRecord, positions: Tensor, sums: Tensor, s
     effective = effective[layer_sizes > 0]
     quantiles = torch.quantile(effective, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
     record.effective_learning_rates = {str(q): value for q, value in zip(QUANTILES, quantiles, strict=True)}
+
+
+def _of_groups(values: Sequence[float | None], groups: Tensor) -> Tensor | None:
+    """What the group of each of some parameters has: shape ``(k,)``, float64; None where one of them has none."""
+    each = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)[groups]
+    missing = [group for group, value in enumerate(values) if value is None]
+    return None if missing and bool(torch.isin(groups, torch.tensor(missing)).any()) else each
 
 
 def _weights(row: Row, record: StepRecord) -> None:

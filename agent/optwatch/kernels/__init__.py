@@ -17,7 +17,7 @@ from . import device as devices
 from .background import Background
 from .build import library, reduce_recipe
 from .cpu import Kernel
-from .locate import CPU, MANY, Addresses, Gradients, addresses, counts, gradients, moments
+from .locate import CPU, MANY, Addresses, Located, addresses, gradients, moments, shared_count
 from .locate import prepare as prepare_addresses
 from .request import Kind, Place, Request
 
@@ -25,20 +25,20 @@ __all__ = [
     "CPU",
     "MANY",
     "Addresses",
-    "Gradients",
     "Kernel",
     "Kind",
+    "Located",
     "Place",
     "Reduces",
     "Request",
     "addresses",
-    "counts",
     "cpu_kernel",
     "gradients",
     "kernel",
     "moments",
     "prepare",
     "prepare_addresses",
+    "shared_count",
 ]
 
 

@@ -16,9 +16,10 @@ def main(path: str) -> str | None:
     import torch
 
     library = ctypes.PyDLL(path)
-    locate, kept, thing, number = library.optwatch_locate, library.optwatch_kept, ctypes.py_object, ctypes.c_int
-    locate.argtypes, kept.argtypes = [thing, number, thing], [thing, thing, thing, number]
-    locate.restype = kept.restype = thing
+    locate, moments, shared = library.optwatch_locate, library.optwatch_moments, library.optwatch_shared_count
+    thing = ctypes.py_object
+    locate.argtypes, moments.argtypes, shared.argtypes = [thing, ctypes.c_int, thing], [thing] * 4, [thing] * 3
+    locate.restype = moments.restype = shared.restype = thing
     cpu = torch.device("cpu")
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     parameters = [torch.nn.Parameter(torch.ones(i + 3, dtype=dtype)[i:]) for i, dtype in enumerate(dtypes)]
@@ -42,13 +43,18 @@ def main(path: str) -> str | None:
     for odd in (freed, torch.ones(3, dtype=torch.int64), matrix[:, ::2], torch.ones(3).to_sparse(), None):
         if locate([parameters[0], odd], 0, cpu) is not None:
             return f"{odd!r} is none to be read"
-    moment = torch.zeros(3)
-    state = {parameters[0]: {"moment": moment, "step": torch.tensor(7.0)}, parameters[1]: {}}
-    if (values := kept(state, parameters, ("other", "moment"), 0)) is None or values[0] is not moment:
-        return f"{values} instead of {[moment]} and nothing"
-    if (values := kept(state, parameters, ("step",), 1)) != [7, None, None, None]:
-        return f"{values} instead of 7 and nothing"
-    return None if kept(state, parameters, ("step",), 0) is None else "a step count was taken for a moment"
+    moment, count = torch.zeros(3), torch.tensor(7.0)
+    state = {parameters[0]: {"step": count}, parameters[1]: {"moment": moment, "step": count}}
+    found = moments(state, parameters, ("other", "moment"), cpu)
+    if found is None or (found[0], ctypes.c_uint64.from_address(found[1]).value) != (1, moment.data_ptr()):
+        return f"{found} instead of one moment at {moment.data_ptr()}"
+    if (position := ctypes.c_int64.from_address(found[4]).value) != 1:
+        return f"the moment of parameter {position} instead of 1"
+    if moments(state, parameters, ("step",), cpu) is not None:
+        return "a step count was taken for a moment"
+    if (counts := [shared(state, parameters[:n], ("step",)) for n in (2, 3)]) != [7, None]:
+        return f"{counts} instead of 7 and nothing"
+    return None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -66,8 +67,8 @@ class Kernel:
         """
         lists = []
         for each in requests:
-            limits = None if each.thresholds is None else array("d", each.thresholds.tolist())
-            if limits is not None and len(limits) != len(each.xs):
+            limits = None if each.thresholds is None else each.thresholds.to(torch.float64).contiguous()
+            if limits is not None and (limits.numel() != len(each.xs) or not limits.is_cpu):
                 return False
             places = _where(each.out, len(each.xs)), _where(each.pairs, len(each.ys))
             lists.append(_list(KINDS[each.kind], each.xs, each.ys, each.positions, limits, *places))
@@ -117,7 +118,7 @@ def _list(
     xs: Sequence[Tensor],
     ys: Sequence[Tensor],
     positions: Sequence[int] | None = None,
-    limits: array[float] | None = None,
+    limits: Tensor | None = None,
     out: tuple[int, int, int] = (0, 0, 0),
     pairs_out: tuple[int, int, int] = (0, 0, 0),
 ) -> List | None:
@@ -125,17 +126,23 @@ def _list(
     x, y = addresses(xs), addresses(ys)
     if x is None or y is None:
         return None
-    at = array("q", range(y.count) if positions is None else positions)
+    at = _first(y.count) if positions is None else positions if isinstance(positions, array) else array("q", positions)
     if not pairs(xs, at, ys, x, y):
         return None
-    left = kind, x.count, x.where, x.sizes, x.dtypes, _start(limits)
+    left = kind, x.count, x.where, x.sizes, x.dtypes, 0 if limits is None else limits.data_ptr()
     right = y.count, y.where, y.sizes, y.dtypes, _start(at)
     return List((*left, *right, *out, *pairs_out), (x, y, at, limits))
 
 
-def _start(numbers: array[int] | array[float] | None) -> int:
-    """The address of the first of them, 0 without any."""
-    return 0 if numbers is None else numbers.buffer_info()[0]
+@lru_cache(64)
+def _first(count: int) -> array[int]:
+    """So many positions, kept for the next call: see locate.cpp for what a large allocation costs behind a step."""
+    return array("q", range(count))
+
+
+def _start(numbers: array[int]) -> int:
+    """The address of the first of them."""
+    return numbers.buffer_info()[0]
 
 
 def _where(place: Place | None, count: int) -> tuple[int, int, int]:

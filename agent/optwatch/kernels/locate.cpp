@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -71,24 +72,57 @@ void dropped(PyObject *capsule) {
     give_back(std::unique_ptr<Located>(static_cast<Located *>(PyCapsule_GetPointer(capsule, NAME))));
 }
 
-bool locate(PyObject *list, bool gradients, const at::Device &device, Located &out) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
-        PyObject *item = PyList_GET_ITEM(list, i);
-        if (!THPVariable_CheckExact(item)) return false;
-        const at::Tensor &tensor = THPVariable_Unpack(item);
-        const at::Tensor &x = gradients ? tensor.grad() : tensor;
-        if (gradients && !x.defined()) continue;
+constexpr size_t LINE = 64;
+
+/* Ask for the memory that an object takes, without waiting for it; for nothing where there is none. */
+void ahead(const void *object, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += LINE) __builtin_prefetch(static_cast<const char *>(object) + at);
+}
+
+void ahead(const at::Tensor &x) { ahead(x.unsafeGetTensorImpl(), sizeof(at::TensorImpl)); }
+
+/* How many are looked at together. Behind a step nothing is in a cache, and one object points at the next: passes over
+ * many, each of which asks for what the next one looks at, wait for memory once instead of once for each object. */
+constexpr Py_ssize_t TOGETHER = 64;
+
+/* Take down where these lie, each with its position in the list, those that are null or undefined left out; false where
+ * one may not be read. */
+bool take_down(const at::Tensor *const *tensors, Py_ssize_t count, Py_ssize_t first, const at::Device &device, Located &out) {
+    auto there = [&](Py_ssize_t i) { return tensors[i] && tensors[i]->defined(); };
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (there(i) && tensors[i]->has_storage())
+            ahead(tensors[i]->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (!there(i)) continue;
+        const at::Tensor &x = *tensors[i];
         if (!readable(x, device)) return false;
         out.addresses.push_back(reinterpret_cast<uint64_t>(x.const_data_ptr()));
         out.sizes.push_back(x.numel());
         out.dtypes.push_back(static_cast<uint8_t>(code(x.scalar_type())));
-        out.positions.push_back(i);
+        out.positions.push_back(first + i);
         out.in_order = out.in_order && x.is_contiguous();
     }
     /* Behind all that: counting a reference is atomic, and the processor would fetch no tensor ahead of it. */
-    for (int64_t i : out.positions) {
-        const at::Tensor &tensor = THPVariable_Unpack(PyList_GET_ITEM(list, i));
-        out.held.push_back(gradients ? tensor.grad() : tensor);
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (there(i)) out.held.push_back(*tensors[i]);
+    return true;
+}
+
+bool locate(PyObject *list, bool gradients, const at::Device &device, Located &out) {
+    const at::Tensor *found[TOGETHER];
+    for (Py_ssize_t first = 0, all = PyList_GET_SIZE(list); first < all; first += TOGETHER) {
+        Py_ssize_t count = std::min(TOGETHER, all - first);
+        PyObject **items = PySequence_Fast_ITEMS(list) + first;
+        for (Py_ssize_t i = 0; i < count; i++) ahead(items[i], sizeof(THPVariable));
+        for (Py_ssize_t i = 0; i < count; i++) {
+            if (!THPVariable_CheckExact(items[i])) return false;
+            ahead(*(found[i] = &THPVariable_Unpack(items[i])));
+        }
+        if (gradients) {
+            for (Py_ssize_t i = 0; i < count; i++) ahead(found[i]->unsafeGetTensorImpl()->autograd_meta(), 2 * LINE);
+            for (Py_ssize_t i = 0; i < count; i++) ahead(*(found[i] = &found[i]->unsafeGetTensorImpl()->grad()));
+        }
+        if (!take_down(found, count, first, device, out)) return false;
     }
     return true;
 }
@@ -100,75 +134,134 @@ const at::Tensor *plain(PyObject *value) {
     return x.defined() && !x.unsafeGetTensorImpl()->is_python_dispatch() ? &x : nullptr;
 }
 
-/* A moment of the parameter's shape. */
-PyObject *moment(PyObject *value, const at::Tensor &parameter) {
-    const at::Tensor *x = plain(value);
-    bool good = x && (x->is_floating_point() || x->is_complex()) && x->sizes() == parameter.sizes();
-    return good ? Py_NewRef(value) : nullptr;
+/* What an optimizer's state has under the first of these names that is there, of some parameters: borrowed, null where
+ * there is none. False where something is not as most optimizers keep it. */
+bool values(PyObject *state, PyObject **parameters, Py_ssize_t count, PyObject *names, PyObject **out) {
+    PyObject *entries[TOGETHER];
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (!THPVariable_CheckExact(parameters[i])) return false;
+        /* What hash() says of a tensor: its own __hash__ is in Python, and takes as long as all the rest. */
+        entries[i] = _PyDict_GetItem_KnownHash(state, parameters[i], reinterpret_cast<Py_hash_t>(parameters[i]));
+        if (entries[i]) ahead(entries[i], sizeof(PyDictObject));
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (entries[i] && !PyDict_Check(entries[i])) return false;
+        if (entries[i]) ahead(reinterpret_cast<PyDictObject *>(entries[i])->ma_keys, 3 * LINE);
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        out[i] = nullptr;
+        for (Py_ssize_t k = 0; entries[i] && !out[i] && k < PyTuple_GET_SIZE(names); k++)
+            out[i] = PyDict_GetItemWithError(entries[i], PyTuple_GET_ITEM(names, k));
+        if (out[i]) ahead(out[i], sizeof(THPVariable));
+    }
+    return !PyErr_Occurred();
 }
 
-/* A step count, as a number where reading it waits for no device. */
-PyObject *count(PyObject *value) {
-    const at::Tensor *x = plain(value);
-    if (!x || x->dim() != 0) return nullptr;
-    if (!x->device().is_cpu()) return Py_NewRef(value);
-    if (x->scalar_type() == at::kFloat) return PyFloat_FromDouble(*x->const_data_ptr<float>());
-    if (x->scalar_type() == at::kDouble) return PyFloat_FromDouble(*x->const_data_ptr<double>());
-    if (x->scalar_type() == at::kLong) return PyFloat_FromDouble(static_cast<double>(*x->const_data_ptr<int64_t>()));
-    return nullptr;
+/* Call `work` with some parameters at a time, the position of the first, and their values; whether it liked them all. */
+template <typename Work>
+bool each(PyObject *state, PyObject *parameters, PyObject *names, Work work) {
+    for (Py_ssize_t first = 0, all = PyList_GET_SIZE(parameters); first < all; first += TOGETHER) {
+        Py_ssize_t count = std::min(TOGETHER, all - first);
+        PyObject **some = PySequence_Fast_ITEMS(parameters) + first, *found[TOGETHER];
+        if (!values(state, some, count, names, found) || !work(some, found, count, first)) return false;
+    }
+    return true;
 }
 
-/* A new list of what is kept of each parameter; null where something is not as most optimizers keep it. */
-PyObject *kept(PyObject *state, PyObject *parameters, PyObject *names, bool counts) {
-    THPObjectPtr list(PyList_New(PyList_GET_SIZE(parameters))); /* let go where a tensor throws, too */
-    for (Py_ssize_t i = 0; list && i < PyList_GET_SIZE(parameters); i++) {
-        PyObject *parameter = PyList_GET_ITEM(parameters, i), *value = nullptr, *found = nullptr;
-        PyObject *entry = PyDict_GetItemWithError(state, parameter);
-        bool known = THPVariable_CheckExact(parameter) && (!entry || PyDict_CheckExact(entry));
-        for (Py_ssize_t k = 0; known && entry && !value && k < PyTuple_GET_SIZE(names); k++)
-            value = PyDict_GetItemWithError(entry, PyTuple_GET_ITEM(names, k));
-        if (known && value) found = counts ? count(value) : moment(value, THPVariable_Unpack(parameter));
-        else if (known && !PyErr_Occurred()) found = Py_NewRef(Py_None);
-        if (found) PyList_SET_ITEM(list.get(), i, found);
-        else list = nullptr;
+/* Moments: plain tensors of their parameter's shape. */
+bool moments(PyObject *state, PyObject *parameters, PyObject *names, const at::Device &device, Located &out) {
+    return each(state, parameters, names, [&](PyObject **some, PyObject **found, Py_ssize_t count, Py_ssize_t first) {
+        const at::Tensor *tensors[TOGETHER];
+        for (Py_ssize_t i = 0; i < count; i++) {
+            tensors[i] = found[i] ? plain(found[i]) : nullptr;
+            if (found[i] && !tensors[i]) return false;
+            if (tensors[i]) ahead(*tensors[i]);
+        }
+        for (Py_ssize_t i = 0; i < count; i++)
+            if (tensors[i] && tensors[i]->sizes() != THPVariable_Unpack(some[i]).sizes()) return false;
+        return take_down(tensors, count, first, device, out);
+    });
+}
+
+/* A step count that is kept on the CPU. False of anything else. */
+bool count_of(const at::Tensor *x, double &out) {
+    if (!x || x->dim() != 0 || !x->device().is_cpu()) return false;
+    if (x->scalar_type() == at::kFloat) out = *x->const_data_ptr<float>();
+    else if (x->scalar_type() == at::kDouble) out = *x->const_data_ptr<double>();
+    else if (x->scalar_type() == at::kLong) out = static_cast<double>(*x->const_data_ptr<int64_t>());
+    else return false;
+    return true;
+}
+
+/* The step count that all of these share. False where they share none. */
+bool shared(PyObject *state, PyObject *parameters, PyObject *names, double &out) {
+    return each(state, parameters, names, [&](PyObject **, PyObject **found, Py_ssize_t count, Py_ssize_t first) {
+        for (Py_ssize_t i = 0; i < count; i++) {
+            double own;
+            if (!found[i] || !count_of(plain(found[i]), own) || (first + i && own != out)) return false;
+            out = own;
+        }
+        return true;
+    });
+}
+
+/* For Python: how many, where their addresses, sizes, dtypes and positions in the list are, whether all are contiguous,
+ * and the object that keeps all this. */
+PyObject *told(std::unique_ptr<Located> located) {
+    const Located &at = *located;
+    PyObject *keeper = PyCapsule_New(located.get(), NAME, dropped);
+    if (!keeper) return nullptr;
+    located.release();
+    return Py_BuildValue(
+        "(nKKKKNN)", static_cast<Py_ssize_t>(at.sizes.size()), reinterpret_cast<unsigned long long>(at.addresses.data()),
+        reinterpret_cast<unsigned long long>(at.sizes.data()), reinterpret_cast<unsigned long long>(at.dtypes.data()),
+        reinterpret_cast<unsigned long long>(at.positions.data()), PyBool_FromLong(at.in_order), keeper
+    );
+}
+
+/* Whether this is an optimizer's state, the list of parameters and a tuple of names that `values` can work with. */
+bool usual(PyObject *state, PyObject *parameters, PyObject *names) {
+    if (!PyDict_Check(state) || !PyList_CheckExact(parameters) || !PyTuple_CheckExact(names)) return false;
+    if (!PyList_GET_SIZE(parameters)) return false;
+    PyObject *first = PyList_GET_ITEM(parameters, 0);
+    return THPVariable_CheckExact(first) && PyObject_Hash(first) == reinterpret_cast<Py_hash_t>(first);
+}
+
+/* What `work` has found and told; None where it could not, or a tensor refuses to say what it is. */
+template <typename Work>
+PyObject *told_of(Work work) {
+    try {
+        std::unique_ptr<Located> located = take();
+        if (work(*located)) return told(std::move(located));
+        give_back(std::move(located));
+    } catch (const std::exception &) {
     }
     PyErr_Clear();
-    return list.release();
+    Py_RETURN_NONE;
 }
 
 } // namespace
 
-/* Of a dict of entries by parameter what each of these parameters has under the first of the names that is there, None
- * for one that has none of them: moments, or step counts. None for all where Python is to look. */
-extern "C" PyObject *optwatch_kept(PyObject *state, PyObject *parameters, PyObject *names, int counts) {
-    try {
-        if (!PyDict_Check(state) || !PyList_CheckExact(parameters) || !PyTuple_CheckExact(names)) Py_RETURN_NONE;
-        if (PyObject *list = kept(state, parameters, names, counts)) return list;
-    } catch (const std::exception &) { /* an odd tensor refuses to say what it is */
-    }
-    Py_RETURN_NONE;
+/* Of the tensors of a list, or of the gradients of those that have one: see `told`. None where Python is to look. */
+extern "C" PyObject *optwatch_locate(PyObject *list, int gradients, PyObject *device) {
+    if (!PyList_CheckExact(list) || !THPDevice_Check(device)) Py_RETURN_NONE;
+    return told_of([&](Located &out) { return locate(list, gradients, reinterpret_cast<THPDevice *>(device)->device, out); });
 }
 
-/* Of the tensors of a list, or of the gradients of those that have one: how many these are, where their addresses, sizes,
- * dtypes and positions in the list are, whether all are contiguous, and the object that keeps all this. */
-extern "C" PyObject *optwatch_locate(PyObject *list, int gradients, PyObject *device) {
+/* Likewise, of what a dict of entries by parameter has of each of these under the first of the names that is there. */
+extern "C" PyObject *optwatch_moments(PyObject *state, PyObject *parameters, PyObject *names, PyObject *device) {
+    if (!usual(state, parameters, names) || !THPDevice_Check(device)) Py_RETURN_NONE;
+    const at::Device &on = reinterpret_cast<THPDevice *>(device)->device;
+    return told_of([&](Located &out) { return moments(state, parameters, names, on, out); });
+}
+
+/* The step count that all of these parameters have there, on the CPU; None where they share none. */
+extern "C" PyObject *optwatch_shared_count(PyObject *state, PyObject *parameters, PyObject *names) {
+    double found = 0;
     try {
-        if (!PyList_CheckExact(list) || !THPDevice_Check(device)) Py_RETURN_NONE;
-        std::unique_ptr<Located> located = take();
-        if (!locate(list, gradients, reinterpret_cast<THPDevice *>(device)->device, *located)) {
-            give_back(std::move(located));
-            Py_RETURN_NONE;
-        }
-        const Located &at = *located;
-        PyObject *keeper = PyCapsule_New(located.get(), NAME, dropped);
-        if (!keeper) return nullptr;
-        located.release();
-        return Py_BuildValue(
-            "(nKKKKNN)", static_cast<Py_ssize_t>(at.sizes.size()), reinterpret_cast<unsigned long long>(at.addresses.data()),
-            reinterpret_cast<unsigned long long>(at.sizes.data()), reinterpret_cast<unsigned long long>(at.dtypes.data()),
-            reinterpret_cast<unsigned long long>(at.positions.data()), PyBool_FromLong(at.in_order), keeper
-        );
-    } catch (const std::exception &) { /* an odd tensor refuses to say what it is */
-        Py_RETURN_NONE;
+        if (usual(state, parameters, names) && shared(state, parameters, names, found)) return PyFloat_FromDouble(found);
+    } catch (const std::exception &) {
     }
+    PyErr_Clear();
+    Py_RETURN_NONE;
 }

@@ -16,8 +16,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import string_at
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -59,18 +61,34 @@ class Addresses:
         long = 8 * self.count
         return string_at(self.where, long), string_at(self.sizes, long), string_at(self.dtypes, self.count)
 
+    def numbers(self) -> list[int]:
+        """Elements of each."""
+        return array("q", string_at(self.sizes, 8 * self.count)).tolist()
+
     def lists(self) -> tuple[list[int], list[int], list[int]]:
         """Address, size and code of each."""
         where, sizes, dtypes = self.key()
         return array("Q", where).tolist(), array("q", sizes).tolist(), list(dtypes)
 
 
-class Gradients(Sequence[Tensor]):
-    """The gradients of parameters that have one, with their addresses: each becomes a Python object when asked for."""
+class Located(Sequence[Tensor]):
+    """Tensors whose addresses compiled code has told: gradients or moments of parameters. Each becomes a Python object
+    when asked for.
 
-    def __init__(self, parameters: Sequence[Tensor], addresses: Addresses) -> None:
+    Args:
+        parameters: whose they are.
+        addresses: of the tensors.
+        of: the tensor of a parameter, None where it is gone.
+        what: they are, for the error that says so.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], addresses: Addresses, of: Callable[[Tensor], Tensor | None], what: str
+    ) -> None:
         self.addresses = addresses
         self._parameters = parameters
+        self._of = of
+        self._what = what
 
     def __len__(self) -> int:
         return len(self._parameters)
@@ -83,24 +101,23 @@ class Gradients(Sequence[Tensor]):
 
     def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
         if isinstance(index, slice):
-            return [_gradient(p) for p in self._parameters[index]]
-        return _gradient(self._parameters[index])
+            return [self._tensor(p) for p in self._parameters[index]]
+        return self._tensor(self._parameters[index])
 
     def __iter__(self) -> Iterator[Tensor]:
-        return map(_gradient, self._parameters)
+        return map(self._tensor, self._parameters)
 
-
-def _gradient(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    if gradient is None:
-        raise RuntimeError(f"the gradient of a parameter of shape {tuple(parameter.shape)} is gone while it is read")
-    return gradient
+    def _tensor(self, parameter: Tensor) -> Tensor:
+        if (found := self._of(parameter)) is None:
+            shape = tuple(parameter.shape)
+            raise RuntimeError(f"the {self._what} of a parameter of shape {shape} is gone while it is read")
+        return found
 
 
 def addresses(tensors: Sequence[Tensor], device: torch.device = CPU) -> Addresses | None:
     """Where these lie. None where one is not a plain tensor, dense (see `dense`), on the device (any, of CPUs), of a
     dtype that kernels know, whose memory was not given back: reading it could end the process. Waits for no device."""
-    if isinstance(tensors, Gradients):
+    if isinstance(tensors, Located):
         return tensors.addresses
     if (code := compiled.made) is None:
         return _plainly(tensors, device)
@@ -135,28 +152,36 @@ def gradients(parameters: list[Tensor], device: torch.device) -> tuple[Sequence[
         each = [p.grad for p in parameters]
         there = [gradient is not None for gradient in each]
         return list(compress(range(len(each)), there)), [gradient for gradient in each if gradient is not None]
-    if found[0] == len(parameters):
-        return range(len(parameters)), Gradients(parameters, _addresses(found))
-    positions = array("q", string_at(found[4], 8 * found[0])).tolist()
-    return positions, Gradients([parameters[i] for i in positions], _addresses(found))
+    return _located(found, parameters, _gradient, "gradient")
 
 
-def moments(states: States, parameters: list[Tensor], names: tuple[str, ...]) -> list[Tensor | None] | None:
-    """What an optimizer's state has for each parameter under the first of these names that its entry has: plain tensors
-    of its shape, None for a parameter that has none. None for all where one is anything else, or nothing compiled is
-    there."""
-    return _kept(states, parameters, names, False)
-
-
-def counts(states: States, parameters: list[Tensor], name: str) -> list[float | Tensor | None] | None:
-    """The step count under this name, likewise: a number, or a 0-d tensor where reading it would wait for a device."""
-    return _kept(states, parameters, (name,), True)
-
-
-def _kept(states: States, parameters: list[Tensor], names: tuple[str, ...], count: bool) -> list[Any] | None:
+def moments(
+    states: States, parameters: list[Tensor], names: tuple[str, ...], device: torch.device
+) -> tuple[Sequence[int], Located] | None:
+    """The positions of the parameters for which an optimizer's state has a moment, ascending, and these: what their
+    entry has under the first of these names that is there. None where one is not plain, dense, on the device (any, of
+    CPUs), of its parameter's shape and a dtype that kernels know, or where nothing compiled is there."""
     if (code := compiled.made) is None or type(states) not in (dict, defaultdict):
         return None
-    return code.kept(states, parameters, names, count)
+    found = code.moments(states, parameters, names, device)
+    return None if found is None else _located(found, parameters, partial(_moment, states, names), "moment")
+
+
+def shared_count(states: States, parameters: list[Tensor], name: str) -> float | None:
+    """The step count under this name, where it is on the CPU and the same for all of these parameters. None where they
+    share none, or where nothing compiled is there."""
+    if (code := compiled.made) is None or type(states) not in (dict, defaultdict):
+        return None
+    return code.shared_count(states, parameters, (name,))
+
+
+def _gradient(parameter: Tensor) -> Tensor | None:
+    return parameter.grad
+
+
+def _moment(states: States, names: tuple[str, ...], parameter: Tensor) -> Tensor | None:
+    entry = states.get(parameter, {})
+    return next((entry[name] for name in names if name in entry), None)
 
 
 def _plainly(tensors: Sequence[Tensor], device: torch.device) -> Addresses | None:
@@ -188,21 +213,37 @@ def _addresses(found: Found) -> Addresses:
     return Addresses(count, where, sizes, dtypes, in_order, keeper)
 
 
+def _located(
+    found: Found, parameters: list[Tensor], of: Callable[[Tensor], Tensor | None], what: str
+) -> tuple[Sequence[int], Located]:
+    """What was found, and the positions of the parameters that have it."""
+    if found[0] == len(parameters):
+        return range(len(parameters)), Located(parameters, _addresses(found), of, what)
+    positions = array("q", string_at(found[4], 8 * found[0])).tolist()
+    return positions, Located([parameters[i] for i in positions], _addresses(found), of, what)
+
+
 class Compiled(NamedTuple):
     """The functions of `locate.cpp`."""
 
     locate: Callable[[list[Tensor], bool, torch.device], Found | None]
-    kept: Callable[[States, list[Tensor], tuple[str, ...], bool], list[Any] | None]
+    moments: Callable[[States, list[Tensor], tuple[str, ...], torch.device], Found | None]
+    shared_count: Callable[[States, list[Tensor], tuple[str, ...]], float | None]
+
+
+def functions(path: Path) -> Compiled:
+    """Those of a library, which are called with the GIL."""
+    library, thing = ctypes.PyDLL(str(path)), ctypes.py_object
+    found = Compiled(library.optwatch_locate, library.optwatch_moments, library.optwatch_shared_count)
+    for function, arguments in zip(found, ([thing, ctypes.c_int, thing], [thing] * 4, [thing] * 3), strict=True):
+        function.argtypes, function.restype = arguments, thing  # type: ignore[attr-defined]  # of ctypes
+    return found
 
 
 def _load() -> Compiled:
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise RuntimeError("it is for a Python with a GIL")
-    found = ctypes.PyDLL(str(library(locate_recipe())))  # keeps the GIL
-    thing, number = ctypes.py_object, ctypes.c_int
-    found.optwatch_locate.argtypes, found.optwatch_kept.argtypes = [thing, number, thing], [thing, thing, thing, number]
-    found.optwatch_locate.restype = found.optwatch_kept.restype = thing
-    return Compiled(found.optwatch_locate, found.optwatch_kept)
+    return functions(library(locate_recipe()))
 
 
 compiled = Background("locate", _load, "tensors are found by Python, which does the same")

@@ -63,7 +63,7 @@ def second_sizes(row: Row) -> Tensor:
     if "second_sum" in row.measured:
         indices = row.measured["second_sum"]
         at = torch.arange(len(values)) if indices is None else torch.tensor(indices, dtype=torch.int64)
-        values[at] = torch.tensor(row.second_sizes, dtype=torch.float64)
+        values[at] = torch.as_tensor(row.second_sizes, dtype=torch.float64)
     return values
 
 

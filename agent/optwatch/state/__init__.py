@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from . import bitsandbytes, pytorch_optimizer, small_packages, torch_optim
 from .reader import Denominator, Entry, Reader, Unavailable
 from .size import extent, is_empty, state_bytes
-from .stored import Compact, Stored, aligned, dot_products, entries, nonnegative, products, square_sums
+from .stored import Compact, Stored, aligned, dot_products, entries, is_plain, nonnegative, products, square_sums
 from .wrappers import class_names, holder, rescaled
 
 READERS: dict[str, Reader] = {
@@ -100,6 +100,7 @@ __all__ = [
     "extent",
     "holder",
     "is_empty",
+    "is_plain",
     "is_sharded",
     "nonnegative",
     "products",

@@ -23,6 +23,8 @@ from .stored import Compact, Factored, Parts, Quantized, Shared, Softsign, Store
 Group = Mapping[str, Any]
 Entry = Mapping[str, Any]
 """The state of one parameter."""
+Moments = tuple[Sequence[int], Sequence[Stored]]
+"""Positions of parameters, ascending, and a moment of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,28 +258,30 @@ class Reader:
     averages: str = "gradients"
     """What the first moment averages."""
 
-    def firsts(self, states: States, parameters: list[Tensor]) -> list[Stored | None]:
-        """The first moment of each parameter, raw as stored; None where it is unavailable or not there (yet)."""
-        return _read(self.first_moment, states, parameters)
+    def firsts(self, states: States, parameters: list[Tensor], device: torch.device) -> Moments:
+        """The first moments, raw as stored, of those of these parameters that have one."""
+        return _read(self.first_moment, states, parameters, device)
 
-    def seconds(self, states: States, parameters: list[Tensor]) -> list[Stored | None]:
-        """The second moment that the update divides by, raw as stored; None as for `firsts`."""
-        return _read(self.second_moment, states, parameters)
+    def seconds(self, states: States, parameters: list[Tensor], device: torch.device) -> Moments:
+        """Likewise the second moments that the update divides by."""
+        return _read(self.second_moment, states, parameters, device)
 
-    def counts(self, states: States, parameters: list[Tensor], groups: Sequence[Group]) -> list[float | Tensor | None]:
-        """The steps t of each parameter's bias correction, by its own state or the group at its place: a number or a
-        0-d tensor, as it is kept; 1 where nothing is corrected, None where it is not there."""
+    def counts(
+        self, states: States, parameters: list[Tensor], groups: Sequence[Group], of: Sequence[int]
+    ) -> float | list[float | Tensor | None]:
+        """The steps t of each parameter's bias correction, by its own state or the group at the place ``of`` it: a
+        number or a 0-d tensor, as it is kept; 1 where nothing is corrected, None where it is not there. One number
+        where all are known to share it."""
         if isinstance(self.denominator, Unavailable):
             return [None] * len(parameters)
         if self.denominator.beta2 is None:
-            return [1.0] * len(parameters)
+            return 1.0
         if self.step is None:
             return [None] * len(parameters)
-        found = kernels.counts(states, parameters, self.step)
-        if found is not None and all(count is not None for count in found):
-            return found
-        each = zip(parameters, groups, strict=True)
-        return [step_count(states.get(p, {}).get(self.step, group.get(self.step))) for p, group in each]
+        if (shared := kernels.shared_count(states, parameters, self.step)) is not None:
+            return shared
+        each = zip(parameters, of, strict=True)
+        return [step_count(states.get(p, {}).get(self.step, groups[group].get(self.step))) for p, group in each]
 
     def beta2(self, group: Group) -> float | None:
         """β₂ of a group, 0 where the bias is not corrected, None where it is not a plain number."""
@@ -345,13 +349,14 @@ class Reader:
         return {signal: reason for signal, reason in reasons.items() if reason}
 
 
-def _read(place: Place | Unavailable, states: States, parameters: list[Tensor]) -> list[Stored | None]:
+def _read(place: Place | Unavailable, states: States, parameters: list[Tensor], device: torch.device) -> Moments:
     """What is kept of each parameter; of plain tensors all at once, where something compiled does it."""
     if isinstance(place, Unavailable):
-        return [None] * len(parameters)
-    if isinstance(place, Keys) and (found := kernels.moments(states, parameters, place.names)) is not None:
-        return list(found)
-    return [place.read(states.get(p, {}), p) for p in parameters]
+        return (), ()
+    if isinstance(place, Keys) and (found := kernels.moments(states, parameters, place.names, device)) is not None:
+        return found
+    each = [(i, place.read(states.get(p, {}), p)) for i, p in enumerate(parameters)]
+    return [i for i, moment in each if moment is not None], [moment for _, moment in each if moment is not None]
 
 
 def step_count(value: object) -> float | Tensor | None:

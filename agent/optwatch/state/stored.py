@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from optwatch.kernels import Place
+from optwatch.kernels import Located, Place
 from optwatch.training.statistics import Reducer, block_size
 
 
@@ -212,16 +213,23 @@ class Parts(Compact):
 Stored = Tensor | Compact
 
 
-def entries(value: Stored) -> int:
-    """The n of a mean over a moment."""
-    return value.numel() if isinstance(value, Tensor) else value.entries
+def is_plain(values: Sequence[Stored]) -> TypeGuard[Sequence[Tensor]]:
+    """Whether all are tensors as they are."""
+    return isinstance(values, Located) or not any(isinstance(x, Compact) for x in values)
+
+
+def entries(values: Sequence[Stored]) -> list[int]:
+    """The n of a mean over each moment."""
+    if isinstance(values, Located):
+        return values.addresses.numbers()
+    return [x.numel() if isinstance(x, Tensor) else x.entries for x in values]
 
 
 def square_sums(reducer: Reducer, values: Sequence[Stored], out: Place | None = None) -> Tensor:
     """Σx² of each moment: shape ``(n,)``, in the reducer's dtype and on its device. Never waits for the device."""
+    if is_plain(values):
+        return reducer.square_sums(values, out)
     plain = [x for x in values if isinstance(x, Tensor)]
-    if len(plain) == len(values):
-        return reducer.square_sums(plain, out)
     each = iter(reducer.square_sums(plain).unbind())
     sums = torch.stack([next(each) if isinstance(x, Tensor) else x.square_sum(reducer) for x in values])
     if out is not None:
@@ -249,8 +257,8 @@ def products(
 ) -> None:
     """Write Σg² of each gradient, shape ``(n,)``, and Σg², Σg·m and Σm² of those at ``positions`` with their moments,
     shape ``(3, k)``."""
-    if not any(isinstance(m, Compact) for m in moments):
-        reducer.products(gradients, positions, moments, out)  # type: ignore[arg-type]  # none is compact
+    if is_plain(moments):
+        reducer.products(gradients, positions, moments, out)
         return
     squares = reducer.square_sums(gradients)
     each = squares.unbind()
@@ -264,10 +272,10 @@ def products(
 def nonnegative(reducer: Reducer, values: Sequence[Stored], thresholds: Tensor | None, out: Place) -> None:
     """Write Σx, max x and #{x < threshold} of each moment: shape ``(3, n)``. ``thresholds`` has shape ``(n,)``,
     float64."""
-    plain = [i for i, x in enumerate(values) if isinstance(x, Tensor)]
-    if len(plain) == len(values):
-        reducer.nonnegative(values, thresholds, out)  # type: ignore[arg-type]  # all are tensors
+    if is_plain(values):
+        reducer.nonnegative(values, thresholds, out)
         return
+    plain = [i for i, x in enumerate(values) if isinstance(x, Tensor)]
     chosen = None if thresholds is None else torch.stack([thresholds[i] for i in plain]) if plain else None
     each = iter(reducer.nonnegative([values[i] for i in plain], chosen).unbind(1))  # type: ignore[misc]
     limits = [None] * len(values) if thresholds is None else [x.reshape(1) for x in thresholds.unbind()]

@@ -6,9 +6,9 @@ It launches reductions and writes what they give into a row. Nothing here waits 
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,31 @@ from optwatch.parallel.checksums import Checks
 from optwatch.parallel.reducers import DeviceReducers
 from optwatch.record import Source
 from optwatch.settings import Settings
-from optwatch.state.reader import Reader
+from optwatch.state.reader import Moments, Reader
 
 from . import layers, rows
 from .sampling import Schedule
 from .statistics import Reducer
-from .transfer import numbers, sent
+from .transfer import numbers
 from .update import SPREAD, Update
 
-ReadAll = Callable[[States, list[Tensor]], list[state.Stored | None]]
+ReadAll = Callable[[States, list[Tensor], torch.device], Moments]
 """Reads a moment of some parameters in an optimizer's state."""
+FEW = 500
+"""Numbers up to which adding up a list of them takes less time than an operation of torch's."""
+
+
+class Part:
+    """Some of the parameters, which are read together. Kept for the steps to come: making a list of hundreds is one of
+    the large allocations behind a step that locate.cpp avoids."""
+
+    def __init__(self, indices: list[int], parameters: Sequence[Tensor], groups: Sequence[int]) -> None:
+        self.indices = indices
+        self.parameters = [parameters[i] for i in indices]
+        self.groups = [groups[i] for i in indices]
+        """The parameter group of each."""
+        self.at = array("q", indices)
+        """The indices, as a kernel reads them."""
 
 
 class Readings:
@@ -101,6 +116,7 @@ class Readings:
         self.update = Update(parameters, self.reducer, budget, spread) if budget else None
         every = settings.rank_check_every
         self.checks = Checks(self.layout, parameters, every) if every and store.world() is not None else None
+        self._parts: dict[int, Part] = {}
         self._was_finite = True
 
     def of(self, optimizer: Optimizer) -> bool:
@@ -130,12 +146,12 @@ class Readings:
         Where `wanted` is given, only those of the parameters with such an ``id`` are read, and join those read before.
         """
         present, gradients = self.gradients(wanted)
-        plain = isinstance(gradients, kernels.Gradients)
+        plain = isinstance(gradients, kernels.Located)
         if self._on_device and not plain and any(map(_waits, gradients)):
             self._say_once(SparseGradientError(self._name))
             return False
         row.partial_gradients = not all(p.grad is None or placement.summable(p) for p in self._cut)
-        indices, at, moments = self._moments_before(due, present, gradients)
+        indices, at, moments = self._moments_before(self._part(due), present, gradients)
         behind = wanted is not None
         with self.reducer.together():
             squares = row.place(("gradient",), present, behind)
@@ -146,45 +162,57 @@ class Readings:
                 self.reducer.square_sums(gradients, squares)
         return True
 
+    def _part(self, indices: list[int]) -> Part:
+        """The part that a list of the schedule's stands for."""
+        part = self._parts.get(id(indices))
+        if part is None:  # which keeps the list, so that its id is no other's
+            part = self._parts[id(indices)] = Part(indices, self._parameters, self.layout.groups)
+        return part
+
     def _moments_before(
-        self, due: list[int], present: list[int], gradients: Sequence[Tensor]
-    ) -> tuple[list[int], list[int], list[state.Stored]]:
-        """The first moments that are due of those whose product with the gradient has a meaning: their parameters, the
-        positions of their gradients, and themselves."""
+        self, part: Part, present: Sequence[int], gradients: Sequence[Tensor]
+    ) -> tuple[list[int], Sequence[int], Sequence[state.Stored]]:
+        """The first moments of a part whose product with the gradient has a meaning: their parameters, the positions of
+        their gradients, and themselves."""
         all_present = len(present) == len(self._parameters)
-        held = self._held(self._reader.firsts, due)
+        indices, held = self._held(self._reader.firsts, part)
         # A gradient that a kernel may read is dense and of its parameter's shape, as a moment that is one tensor is. It
         # becomes no Python object for that to be asked.
-        plain = isinstance(gradients, kernels.Gradients)
-        if plain and all_present and all(isinstance(moment, Tensor) for moment in held):
-            return due, due, held  # type: ignore[return-value]  # none is None
-        indices: list[int] = []
+        plain = isinstance(gradients, kernels.Located)
+        if plain and all_present and state.is_plain(held):
+            return indices, part.at if indices is part.indices else indices, held
+        chosen: list[int] = []
         positions: list[int] = []
         moments: list[state.Stored] = []
-        for i, moment in zip(due, held, strict=True):
+        for i, moment in zip(indices, held, strict=True):
             at = i if all_present else bisect_left(present, i)
-            if moment is None or at == len(present) or present[at] != i:
+            if at == len(present) or present[at] != i:
                 continue
             if state.aligned(moment, self._parameters[i] if plain else gradients[at]):
-                indices.append(i)
+                chosen.append(i)
                 positions.append(at)
                 moments.append(moment)
-        return indices, positions, moments
+        return chosen, positions, moments
 
-    def _held(self, read: ReadAll, indices: Sequence[int]) -> list[state.Stored | None]:
-        """What this rank holds of a moment of these parameters."""
-        parameters = [self._parameters[i] for i in indices]
-        moments = read(state.holder(self._optimizer).state, parameters)
-        return list(map(placement.held, moments, parameters)) if self._cut else moments
+    def _held(self, read: ReadAll, part: Part) -> tuple[list[int], Sequence[state.Stored]]:
+        """The parameters of a part that have a moment, and what this rank holds of it."""
+        positions, moments = read(state.holder(self._optimizer).state, part.parameters, self.reducer.device)
+        whole = len(positions) == len(part.indices)
+        indices = part.indices if whole else [part.indices[i] for i in positions]
+        if not self._cut:
+            return indices, moments
+        held = map(placement.held, moments, (part.parameters[i] for i in positions))
+        known = [(i, moment) for i, moment in zip(indices, held, strict=True) if moment is not None]
+        return [i for i, _ in known], [moment for _, moment in known]
 
     def breaks(self, row: rows.Row) -> bool:
         """Whether loss or gradients are not finite for the first time, where reading them waits for no device."""
         if row.values.device.type != "cpu":
             return False
-        # Lists: every operation of torch's takes longer than adding up hundreds of numbers.
         known = row.values[:1].tolist() if row.micro_batches else []
         if "gradient" in row.measured:
-            known += row.layout.section(row.values, "gradient")[: _count(row, "gradient")].tolist()
+            squares = row.layout.section(row.values, "gradient")[: _count(row, "gradient")]
+            known += squares.tolist() if len(squares) <= FEW else [float(squares.sum())]
         was_finite, self._was_finite = self._was_finite, math.isfinite(sum(known))
         return was_finite and not self._was_finite
 
@@ -192,56 +220,50 @@ class Readings:
         """Moments and weights that are not finite before the step: those that the forward pass was computed with. The
         step itself makes all of them NaN, so that nobody can tell afterwards."""
         weights = list(enumerate(map(placement.local, self._parameters)))
-        everything = self.schedule.everything
-        moments = [*enumerate(self._held(self._reader.firsts, everything))]
-        moments += enumerate(self._held(self._reader.seconds, everything))
-        known = [(i, moment) for i, moment in moments if moment is not None]
+        everything = self._part(self.schedule.everything)
+        both = [self._held(read, everything) for read in (self._reader.firsts, self._reader.seconds)]
+        known, moments = [i for indices, _ in both for i in indices], [moment for _, held in both for moment in held]
         found: list[tuple[Source, list[int], Tensor]] = [
-            ("moment", [i for i, _ in known], state.square_sums(self.reducer, [moment for _, moment in known])),
+            ("moment", known, state.square_sums(self.reducer, moments)),
             ("weight", [i for i, _ in weights], self.reducer.square_sums(weight for _, weight in weights)),
         ]
         return [broken for broken in found if not bool(torch.isfinite(broken[2]).all())]
 
     def read_state(self, row: rows.Row, due: list[int]) -> None:
         """Reduce the weights and moments of the parameters that are `due` into the row, after the step."""
-        weights = [self._parameters[i] for i in due]
-        self.reducer.square_sums(map(placement.local, weights) if self._cut else weights, row.place(("weight",), due))
-        indices, firsts = self._known(self._reader.firsts, due)
+        part = self._part(due)
+        weights = list(map(placement.local, part.parameters)) if self._cut else part.parameters
+        self.reducer.square_sums(weights, row.place(("weight",), due))
+        indices, firsts = self._held(self._reader.firsts, part)
         if firsts:
             state.square_sums(self.reducer, firsts, row.place(("first_moment",), indices))
-        indices, seconds = self._known(self._reader.seconds, due)
+        indices, seconds = self._held(self._reader.seconds, part)
         if seconds:
-            row.second_sizes = [state.entries(x) for x in seconds]
-            counts = self._step_counts(row, indices)
-            thresholds = None if counts is None else self._thresholds(row, indices, counts)
+            row.second_sizes = state.entries(seconds)
+            if indices is not due:
+                part = Part(indices, self._parameters, self.layout.groups)
+            counts = self._step_counts(row, part)
+            thresholds = None if counts is None else self._thresholds(row, part, counts)
             place = row.place(("second_sum", "second_max", "second_below"), indices)
             state.nonnegative(self.reducer, seconds, thresholds, place)
 
-    def _known(self, read: ReadAll, due: list[int]) -> tuple[list[int], list[state.Stored]]:
-        """What this rank holds of a moment, and of which of the parameters that are `due`."""
-        moments = self._held(read, due)
-        known = [moment for moment in moments if moment is not None]
-        if len(known) == len(due):
-            return due, known
-        return list(compress(due, (moment is not None for moment in moments))), known
-
-    def _step_counts(self, row: rows.Row, indices: list[int]) -> Tensor | None:
+    def _step_counts(self, row: rows.Row, part: Part) -> Tensor | None:
         """The steps t of the bias correction, where each of these parameters has one: shape ``(k,)``, float64, where
         they are kept. They go into the row."""
-        groups = [self._optimizer.param_groups[row.layout.groups[i]] for i in indices]
-        parameters = [self._parameters[i] for i in indices]
-        each = self._reader.counts(state.holder(self._optimizer).state, parameters, groups)
-        known = [count for count in each if count is not None]
-        if len(known) != len(indices):
+        states = state.holder(self._optimizer).state
+        each = self._reader.counts(states, part.parameters, self._optimizer.param_groups, part.groups)
+        if isinstance(each, float):
+            counts = torch.full((len(part.indices),), each, dtype=torch.float64, device="cpu")
+        elif None in each:
             return None
-        if float in map(type, known):  # one at a time, a tensor takes ten times as long to make
-            counts = torch.tensor(known, dtype=torch.float64, device="cpu")
+        elif float in map(type, each):  # one at a time, a tensor takes ten times as long to make
+            counts = torch.tensor(each, dtype=torch.float64, device="cpu")
         else:
-            counts = torch.stack(known).to(torch.float64)  # type: ignore[arg-type]  # all are tensors
+            counts = torch.stack(each).to(torch.float64)  # type: ignore[arg-type]  # all are tensors
         if counts.device.type == "cpu":
             row.step_counts = counts
         else:
-            row.place(("step_count",), indices).write(counts)
+            row.place(("step_count",), part.indices).write(counts)
         return counts
 
     def complete(self, row: rows.Row) -> None:
@@ -252,24 +274,26 @@ class Readings:
             self.state_shape = shape
             row.state_bytes = state.state_bytes(self._optimizer)
 
-    def _thresholds(self, row: rows.Row, indices: list[int], counts: Tensor) -> Tensor | None:
+    def _thresholds(self, row: rows.Row, part: Part, counts: Tensor) -> Tensor | None:
         """The v below which the step's root is below its ε, for each parameter: float64, where the step counts are.
 
         √(v / (1 − β₂ᵗ)) < ε, or √v < ε where the bias is corrected after ε has been added.
         """
-        groups = [row.layout.groups[i] for i in indices]
-        betas, epsilons = [row.betas2[g] for g in groups], [row.epsilons[g] for g in groups]
-        if None in betas or None in epsilons:
+        groups = part.groups
+        if any(row.betas2[group] is None or row.epsilons[group] is None for group in set(groups)):
             return None
-        squares = [epsilon**2 for epsilon in epsilons]  # type: ignore[operator]  # none is None
-        if counts.device.type == "cpu" and not row.late_correction:
-            each = zip(squares, betas, counts.tolist(), strict=True)
-            squares = [(1 - beta**count) * square for square, beta, count in each]
-        squared = torch.tensor(squares, dtype=torch.float64, device="cpu")
-        if counts.device.type == "cpu" or row.late_correction:
-            return squared
-        beta2 = numbers(betas, torch.float64, counts.device)  # type: ignore[arg-type]  # none is None
-        return (1 - beta2**counts) * sent(squared, counts.device)
+        squares = [0.0 if epsilon is None else epsilon**2 for epsilon in row.epsilons]
+        betas = [0.0 if beta is None else beta for beta in row.betas2]
+        if row.late_correction:
+            return numbers([squares[group] for group in groups], torch.float64, torch.device("cpu"))
+        if counts.device.type == "cpu":
+            each = list(zip(groups, counts.tolist(), strict=True))
+            known = {(group, count): (1 - betas[group] ** count) * squares[group] for group, count in set(each)}
+            if len(known) == 1:
+                return counts.new_full((len(groups),), *known.values())
+            return numbers([known[at] for at in each], torch.float64, counts.device)
+        squared = numbers([squares[group] for group in groups], torch.float64, counts.device)
+        return (1 - numbers([betas[group] for group in groups], torch.float64, counts.device) ** counts) * squared
 
 
 class SparseGradientError(RuntimeError):

@@ -67,6 +67,8 @@ class Layout:
     layer_names: list[str] = field(init=False)
     layer_index: Tensor = field(init=False)
     """Shape ``(n,)``, int64, CPU: position in `layer_names` of each parameter's layer."""
+    group_index: Tensor = field(init=False)
+    """Shape ``(n,)``, int64, CPU: `groups`."""
     positions: Tensor = field(init=False)
     """Shape ``(n,)``, int64, CPU: 0 to n - 1."""
 
@@ -75,6 +77,7 @@ class Layout:
         position = {name: i for i, name in enumerate(self.layer_names)}
         index = torch.tensor([position[layer] for layer in self.layers], dtype=torch.int64)
         object.__setattr__(self, "layer_index", index)
+        object.__setattr__(self, "group_index", torch.tensor(self.groups, dtype=torch.int64))
         object.__setattr__(self, "positions", torch.arange(len(self.names)))
 
     @property
@@ -134,8 +137,9 @@ class Row:
     """Whether the step adds ε to √v before it corrects the bias."""
     exact_rate: bool = True
     """Whether η / (√v̂ + ε) is the rate of a weight's step."""
-    second_sizes: list[int] = field(default_factory=list)
-    """Entries of each second moment that was measured, in the order of its section."""
+    second_sizes: list[int] | Tensor = field(default_factory=list)
+    """Entries of each second moment that was measured, in the order of its section; put together they are a tensor of
+    shape ``(k,)``, float64, on the CPU."""
     micro_batches: list[MicroBatch] = field(default_factory=list)
     measured: dict[str, list[int] | None] = field(default_factory=dict)
     """Sections that hold numbers, and of which parameters: None for all of them."""

@@ -134,8 +134,9 @@ class Update:
     def before(self) -> None:
         """Copy the weights of the next window. A copy whose step raised is forgotten, and a rotation begins anew where
         a parameter of the window has become another dtype."""
+        known = self._views[self._next][1]
         pieces = self._pieces()
-        if [piece.dtype for piece in pieces] != self._window_dtypes[self._next]:
+        if pieces is not known and [piece.dtype for piece in pieces] != self._window_dtypes[self._next]:
             self._begin_rotation()
             pieces = self._pieces()
         if self._scratch is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_gradients_are_told_with_the_parameters_that_have_one(located: str) -> N
         parameters[i].grad = torch.full((i,), float(i))
     positions, gradients = kernels.gradients(parameters, CPU)
     assert list(positions) == [0, 2, 4]
-    assert isinstance(gradients, kernels.Gradients) == (located == "compiled")
+    assert isinstance(gradients, kernels.Located) == (located == "compiled")
     assert all(x is parameters[i].grad for i, x in zip(positions, gradients, strict=True))
     assert gradients[2] is parameters[4].grad
     assert [len(x) for x in gradients[1:]] == [2, 4]
@@ -152,14 +153,99 @@ def test_a_gradient_lives_as_long_as_somebody_may_read_it(located: str) -> None:
     gc.collect()
 
 
-def test_a_gradient_that_is_gone_is_said() -> None:
+MANY = 150
+"""More than are looked at together."""
+
+
+def test_moments_are_told_with_the_parameters_that_have_one(located: str) -> None:
+    parameters: list[Tensor] = [Parameter(torch.ones(i % 3, 2)) for i in range(MANY)]
+    states = {p: {"second": torch.zeros_like(p), "step": torch.tensor(1.0)} for p in parameters}
+    having = [i for i in range(MANY) if i % 7]
+    for i in having:
+        states[parameters[i]]["first" if i % 2 else "other"] = torch.full_like(parameters[i], i).detach()
+    del states[parameters[0]]
+    found = kernels.moments(states, parameters, ("first", "other"), CPU)
+    if located == "Python":
+        assert found is None
+        return
+    assert found is not None
+    positions, moments = found
+    assert list(positions) == having
+    want = [states[parameters[i]]["first" if i % 2 else "other"] for i in having]
+    assert all(x is y for x, y in zip(moments, want, strict=True))
+    told = kernels.addresses(moments)
+    assert told is not None
+    assert told.lists() == ([x.data_ptr() for x in want], [x.numel() for x in want], [0] * len(want))
+    assert told.numbers() == [x.numel() for x in want]
+    whole = kernels.moments(states, [parameters[i] for i in having], ("first", "other"), CPU)
+    assert whole is not None
+    assert list(whole[0]) == list(range(len(having)))
+    assert kernels.moments(dict.fromkeys(parameters), parameters, ("first",), CPU) is None
+    nothing = kernels.moments({}, parameters, ("first",), CPU)
+    assert nothing is not None
+    assert not nothing[1]
+
+
+ODD_MOMENTS = UNREADABLE | {
+    "of another shape": lambda: torch.ones(4),
+    "no tensor": lambda: 3.0,
+    "a list": lambda: [torch.ones(3)],
+}
+
+
+@pytest.mark.parametrize("name", ODD_MOMENTS)
+def test_of_moments_of_which_a_kernel_may_not_read_one_nothing_is_told(name: str, located: str) -> None:
+    odd = ODD_MOMENTS[name]()
+    shape = odd.shape if isinstance(odd, Tensor) and name != "of another shape" else (3,)
+    parameters: list[Tensor] = [Parameter(torch.ones(3)), Parameter(torch.ones(shape))]
+    states = {parameters[0]: {"m": torch.ones(3)}, parameters[1]: {"m": odd}}
+    assert (kernels.moments(states, parameters[:1], ("m",), CPU) is not None) == (located == "compiled")
+    assert kernels.moments(states, parameters, ("m",), CPU) is None
+
+
+def test_the_step_count_that_all_share_is_told(located: str) -> None:
+    parameters: list[Tensor] = [Parameter(torch.ones(1)) for _ in range(MANY)]
+    states = {p: {"step": torch.tensor(5.0)} for p in parameters}
+    for same in (torch.tensor(5, dtype=torch.int64), torch.tensor(5.0, dtype=torch.float64)):
+        states[parameters[-1]] = {"step": same}
+        assert kernels.shared_count(states, parameters, "step") == (5.0 if located == "compiled" else None)
+    others = [torch.tensor(6.0), torch.tensor([5.0]), 5.0, torch.tensor(5, dtype=torch.int32), torch.tensor(math.nan)]
+    for odd in others:
+        states[parameters[-1]] = {"step": odd}  # type: ignore[dict-item]  # what some optimizers keep
+        assert kernels.shared_count(states, parameters, "step") is None
+    states[parameters[-1]] = {}
+    assert kernels.shared_count(states, parameters, "step") is None
+    assert kernels.shared_count(states, [], "step") is None
+
+
+class OwnHash(Tensor):
+    """What hash() says of it is not where it is."""
+
+    def __hash__(self) -> int:
+        return 7
+
+
+def test_a_state_is_looked_up_by_what_hash_says(located: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter, own = Parameter(torch.ones(3)), torch.ones(3).as_subclass(OwnHash)
+    assert kernels.moments({own: {"m": torch.ones(3)}}, [own], ("m",), CPU) is None
+    monkeypatch.setattr(Tensor, "__hash__", lambda self: 7)
+    states = {parameter: {"m": torch.ones(3)}}
+    assert kernels.moments(states, [parameter], ("m",), CPU) is None
+
+
+def test_what_is_gone_while_it_is_read_is_said() -> None:
     kernels.prepare_addresses().join()
     parameter = Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)
+    states = {parameter: {"m": torch.ones(3)}}
     _, gradients = kernels.gradients([parameter], CPU)
+    found = kernels.moments(states, [parameter], ("m",), CPU)
+    assert found is not None
     parameter.grad = None
-    with pytest.raises(RuntimeError, match=r"gradient of a parameter of shape \(3,\) is gone"):
-        gradients[0]
+    del states[parameter]
+    for what, tensors in (("gradient", gradients), ("moment", found[1])):
+        with pytest.raises(RuntimeError, match=rf"the {what} of a parameter of shape \(3,\) is gone"):
+            tensors[0]
 
 
 @pytest.mark.slow

@@ -136,10 +136,16 @@ def test_a_key_that_does_not_hold_what_it_should_is_no_moment(
     first, second, third = (nn.Parameter(torch.ones(2)) for _ in range(3))
     reader, moment = state.READERS["torch.Adam"], torch.ones(2)
     states: dict[Any, Any] = {first: {"exp_avg": moment}, second: {"exp_avg_sq": moment}}
-    assert reader.firsts(states, [first, second, third]) == [moment, None, None]
-    assert (kernels.moments(states, [first, second], ("exp_avg",)) is not None) == compiled
+
+    def firsts(*parameters: torch.Tensor) -> tuple[list[int], list[Any]]:
+        positions, moments = reader.firsts(states, list(parameters), torch.device("cpu"))
+        return list(positions), list(moments)
+
+    assert firsts(first, second, third) == ([0], [moment])
+    found = kernels.moments(states, [first, second], ("exp_avg",), torch.device("cpu"))
+    assert (found is not None) == compiled
     states[second]["exp_avg"] = odd
-    assert reader.firsts(states, [second, first]) == [None, moment]
+    assert firsts(second, first) == ([1], [moment])
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "Python"])
@@ -151,12 +157,19 @@ def test_steps_are_counted_by_the_parameter_or_by_its_group(compiled: bool, monk
     reader, groups = state.READERS["torch.Adam"], [{"step": 7}, {}, {}]
     steps = [torch.tensor(3.0), torch.tensor([4.0]), 5]
     states: dict[Any, Any] = {p: {"step": step} for p, step in zip(parameters, steps, strict=True)}
-    assert [float(x) for x in reader.counts(states, parameters, groups) if x is not None] == [3, 4, 5]
-    assert all(isinstance(x, float) or x.dim() == 0 for x in reader.counts(states, parameters, groups) if x is not None)
-    assert (kernels.counts(states, parameters[:1], "step") == [3.0]) == compiled
+
+    def counts(*chosen: int) -> Any:
+        return reader.counts(states, [parameters[i] for i in chosen], groups, chosen)
+
+    assert [float(x) for x in counts(0, 1, 2)] == [3, 4, 5]
+    assert all(isinstance(x, float) or x.dim() == 0 for x in counts(0, 1, 2))
+    assert (counts(0) == 3.0) == compiled
+    states[parameters[2]]["step"] = torch.tensor(3.0)
+    assert (counts(0, 2) == 3.0) == compiled
+    assert [float(x) for x in counts(2, 1)] == [3, 4]
     for p in parameters:
         del states[p]["step"]
-    assert [None if x is None else float(x) for x in reader.counts(states, parameters, groups)] == [7, None, None]
+    assert [None if x is None else float(x) for x in counts(0, 1, 2)] == [7, None, None]
 
 
 def test_finding_a_reader_imports_no_package() -> None:
