@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from optwatch.record import Passes
@@ -21,9 +22,9 @@ class Trace:
 
     labels: Sequence[str]
     """In execution order."""
-    values: Sequence[Tensor]
-    """On the host, each of shape ``(k, 1)`` or ``(k, 2)``: of k outputs in turn numbers of which one is NaN, or
-    infinite, exactly where an entry of the output is."""
+    values: Sequence[Tensor | list[float]]
+    """On the host, each a number for each of k outputs in turn or two, shape ``(k, 2)``: one of an output's is NaN, or
+    infinite, exactly where an entry of it is."""
     arrivals: Sequence[Arrival]
     gradients: bool
     """Whether gradients of outputs were read as well, and are those whose label ends in `BACKWARD`."""
@@ -56,9 +57,12 @@ class Reader:
 def _bad(trace: Trace) -> list[tuple[str, str]]:
     """The outputs that are not finite, in execution order, and what they hold."""
     # Looked at one by one only where they add up to no number: numbers of one sign, or pairs of a small dtype, may.
-    if all(math.isfinite(float(values.sum())) for values in trace.values):
+    if all(math.isfinite(sum(each) if isinstance(each, list) else float(each.sum())) for each in trace.values):
         return []
-    nans = [nan for values in trace.values for nan in values.isnan().any(1).tolist()]
-    infs = [inf for values in trace.values for inf in values.isinf().any(1).tolist()]
+    values = [
+        torch.tensor(each, dtype=torch.float64).view(-1, 1) if isinstance(each, list) else each for each in trace.values
+    ]
+    nans = [nan for each in values for nan in each.isnan().any(1).tolist()]
+    infs = [inf for each in values for inf in each.isinf().any(1).tolist()]
     kinds = zip(trace.labels, nans, infs, strict=True)
     return [(label, "nan" if nan else "inf") for label, nan, inf in kinds if nan or inf]

@@ -17,7 +17,7 @@ from . import device as devices
 from .background import Background
 from .build import library, reduce_recipe
 from .cpu import Kernel
-from .locate import CPU, MANY, Addresses, Located, addresses, gradients, moments, shared_count
+from .locate import CPU, MANY, Addresses, Located, addresses, gradients, located, moments, shared_count
 from .locate import prepare as prepare_addresses
 from .request import Kind, Place, Request
 
@@ -35,6 +35,7 @@ __all__ = [
     "cpu_kernel",
     "gradients",
     "kernel",
+    "located",
     "moments",
     "prepare",
     "prepare_addresses",

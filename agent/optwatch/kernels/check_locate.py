@@ -35,13 +35,17 @@ def main(path: str) -> str | None:
         right = [[x.data_ptr() for x in tensors], [3] * len(tensors), positions, positions]  # dtypes are in that order
         if told != right:
             return f"{told} instead of {right}"
+    place = library.optwatch_place
+    place.argtypes, place.restype = [thing], thing
+    if (told := [place(x) for x in parameters]) != [(x.data_ptr(), 3, i) for i, x in enumerate(parameters)]:
+        return f"{told} of single tensors"
     matrix = torch.ones(2, 3)
     if [locate([x], 0, cpu)[5] for x in (matrix, matrix.t())] != [True, False]:
         return "the order of dimensions is told wrong"
     freed = torch.ones(4)
     freed.untyped_storage().resize_(0)
     for odd in (freed, torch.ones(3, dtype=torch.int64), matrix[:, ::2], torch.ones(3).to_sparse(), None):
-        if locate([parameters[0], odd], 0, cpu) is not None:
+        if locate([parameters[0], odd], 0, cpu) is not None or place(odd) is not None:
             return f"{odd!r} is none to be read"
     moment, count = torch.zeros(3), torch.tensor(7.0)
     state = {parameters[0]: {"step": count}, parameters[1]: {"moment": moment, "step": count}}

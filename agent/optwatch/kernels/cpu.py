@@ -13,13 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .locate import DTYPES, addresses, dense, pairs
-from .plain import PLAIN, any_freed
+from .locate import addresses, pairs, place
 from .request import Kind, Place, Request
 
-KINDS = {"products": 0, "nonnegative": 1, "changes": 2}
+KINDS = {"products": 0, "nonnegative": 1, "changes": 2, "copy": 3}
 """Codes of reduce.c."""
-COPY = 3
 
 
 class Kernel:
@@ -65,27 +63,15 @@ class Kernel:
         Raises:
             ValueError: numbers do not fit into their place.
         """
-        lists = []
+        known = []
         for each in requests:
             limits = None if each.thresholds is None else each.thresholds.to(torch.float64).contiguous()
             if limits is not None and (limits.numel() != len(each.xs) or not limits.is_cpu):
                 return False
             places = _where(each.out, len(each.xs)), _where(each.pairs, len(each.ys))
-            lists.append(_list(KINDS[each.kind], each.xs, each.ys, each.positions, limits, *places))
-        return self._call(lists)
-
-    def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
-        """Copy each to its target, which has its size and dtype. Releases the GIL meanwhile.
-
-        False, with nothing copied, where the kernel cannot read or write one, or a pair is not alike.
-        """
-        return self._call([_list(COPY, sources, targets)])
-
-    def _call(self, lists: Sequence[List | None]) -> bool:
-        """Whether all of these could be done."""
-        known = [each for each in lists if each is not None]
-        if len(known) < len(lists):
-            return False
+            if (found := _list(KINDS[each.kind], each.xs, each.ys, each.positions, limits, *places)) is None:
+                return False
+            known.append(found)
         table = array("q", chain.from_iterable(each.row for each in known))
         status: int = self._reduce(_start(table), len(known), torch.get_num_threads(), self._parallel)
         return status == 0
@@ -93,14 +79,9 @@ class Kernel:
     def largest(self, x: Tensor) -> float | None:
         """max |x| of one tensor, in a quarter of the time that its sums take: NaN where it holds a NaN, 0 for an empty
         one. None where the kernel cannot read it. Releases the GIL meanwhile."""
-        # As `addresses`, without what it makes for a list of one.
-        plain = type(x) in PLAIN and x.is_cpu and x.layout is torch.strided
-        if not plain or x.dtype not in DTYPES or not dense(x):
+        if (found := place(x)) is None:
             return None
-        address, threads = x.data_ptr(), torch.get_num_threads()
-        if any_freed((x,), (address,)):
-            return None
-        result: float = self._largest(address, x.numel(), DTYPES[x.dtype], threads, self._parallel)
+        result: float = self._largest(*found, torch.get_num_threads(), self._parallel)
         return None if result < 0 else result
 
 
@@ -117,10 +98,10 @@ def _list(
     kind: int,
     xs: Sequence[Tensor],
     ys: Sequence[Tensor],
-    positions: Sequence[int] | None = None,
-    limits: Tensor | None = None,
-    out: tuple[int, int, int] = (0, 0, 0),
-    pairs_out: tuple[int, int, int] = (0, 0, 0),
+    positions: Sequence[int] | None,
+    limits: Tensor | None,
+    out: tuple[int, int, int],
+    pairs_out: tuple[int, int, int],
 ) -> List | None:
     """The list; None where the kernel may not read a tensor, or the elements of a pair are not in one order."""
     x, y = addresses(xs), addresses(ys)

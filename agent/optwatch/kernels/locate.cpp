@@ -248,7 +248,22 @@ extern "C" PyObject *optwatch_locate(PyObject *list, int gradients, PyObject *de
     return told_of([&](Located &out) { return locate(list, gradients, reinterpret_cast<THPDevice *>(device)->device, out); });
 }
 
-/* Likewise, of what a dict of entries by parameter has of each of these under the first of the names that is there. */
+/* Of one tensor on a CPU its address, elements and dtype. */
+extern "C" PyObject *optwatch_place(PyObject *tensor) {
+    if (!THPVariable_CheckExact(tensor)) Py_RETURN_NONE;
+    const at::Tensor &x = THPVariable_Unpack(tensor);
+    try {
+        if (readable(x, at::kCPU))
+            return Py_BuildValue(
+                "(KLi)", reinterpret_cast<unsigned long long>(x.const_data_ptr()), static_cast<long long>(x.numel()),
+                code(x.scalar_type())
+            );
+    } catch (const std::exception &) {
+    }
+    Py_RETURN_NONE;
+}
+
+/* As `optwatch_locate`, of what a dict of entries by parameter has of each of these under the first of the names that is there. */
 extern "C" PyObject *optwatch_moments(PyObject *state, PyObject *parameters, PyObject *names, PyObject *device) {
     if (!usual(state, parameters, names) || !THPDevice_Check(device)) Py_RETURN_NONE;
     const at::Device &on = reinterpret_cast<THPDevice *>(device)->device;

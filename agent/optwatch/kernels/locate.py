@@ -31,9 +31,9 @@ from .plain import PLAIN, any_freed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """Codes of the dtypes that kernels know, as in reduce.c and locate.cpp."""
-MANY = 100
-"""Parameters from which compiling, which takes a core ten seconds once for a machine and torch, is worth it: Python
-asks as many in a quarter of a millisecond, at every step."""
+MANY = 50
+"""Parameters from which compiling, which takes a core ten seconds once for a machine and torch, is worth it: of 75,
+Python asks in half a millisecond, at every step."""
 CPU = torch.device("cpu")
 States = Mapping[Any, Mapping[str, Any]]
 """An optimizer's state: an entry for each parameter."""
@@ -72,8 +72,8 @@ class Addresses:
 
 
 class Located(Sequence[Tensor]):
-    """Tensors whose addresses compiled code has told: gradients or moments of parameters. Each becomes a Python object
-    when asked for.
+    """Tensors whose addresses are known: gradients or moments of parameters, each of which becomes a Python object when
+    asked for, or tensors that stay where they are (see `located`).
 
     Args:
         parameters: whose they are.
@@ -123,6 +123,27 @@ def addresses(tensors: Sequence[Tensor], device: torch.device = CPU) -> Addresse
         return _plainly(tensors, device)
     found = code.locate(tensors if type(tensors) is list else list(tensors), False, device)
     return None if found is None else _addresses(found)
+
+
+def located(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """These, with their addresses if they can be told, for as long as nothing happens to their memory."""
+    found = addresses(tensors, tensors[0].device) if tensors else None
+    return tensors if found is None else Located(tensors, found, _itself, "slice")
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def place(x: Tensor) -> tuple[int, int, int] | None:
+    """The address of one tensor on a CPU, its elements and the code of its dtype; None as for `addresses`."""
+    if (code := compiled.made) is not None:
+        return code.place(x)
+    plain = type(x) in PLAIN and x.is_cpu and x.layout is torch.strided
+    if not plain or x.dtype not in DTYPES or not dense(x):
+        return None
+    address = x.data_ptr()
+    return None if any_freed((x,), (address,)) else (address, x.numel(), DTYPES[x.dtype])
 
 
 def dense(x: Tensor) -> bool:
@@ -227,6 +248,7 @@ class Compiled(NamedTuple):
     """The functions of `locate.cpp`."""
 
     locate: Callable[[list[Tensor], bool, torch.device], Found | None]
+    place: Callable[[Tensor], tuple[int, int, int] | None]
     moments: Callable[[States, list[Tensor], tuple[str, ...], torch.device], Found | None]
     shared_count: Callable[[States, list[Tensor], tuple[str, ...]], float | None]
 
@@ -234,10 +256,16 @@ class Compiled(NamedTuple):
 def functions(path: Path) -> Compiled:
     """Those of a library, which are called with the GIL."""
     library, thing = ctypes.PyDLL(str(path)), ctypes.py_object
-    found = Compiled(library.optwatch_locate, library.optwatch_moments, library.optwatch_shared_count)
-    for function, arguments in zip(found, ([thing, ctypes.c_int, thing], [thing] * 4, [thing] * 3), strict=True):
-        function.argtypes, function.restype = arguments, thing  # type: ignore[attr-defined]  # of ctypes
-    return found
+    takes = {
+        "locate": [thing, ctypes.c_int, thing],
+        "place": [thing],
+        "moments": [thing] * 4,
+        "shared_count": [thing] * 3,
+    }
+    for name, arguments in takes.items():
+        function = getattr(library, f"optwatch_{name}")
+        function.argtypes, function.restype = arguments, thing
+    return Compiled(*(getattr(library, f"optwatch_{name}") for name in Compiled._fields))
 
 
 def _load() -> Compiled:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Kind = Literal["products", "nonnegative", "changes"]
+Kind = Literal["products", "nonnegative", "changes", "copy"]
 
 
 @dataclass(slots=True, eq=False)
@@ -27,11 +27,12 @@ class Place:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Tensors that are to be read alike, and where their numbers go: see `Kernel.reduce` for what they are."""
+    """Tensors that are to be read alike, and where their numbers go: see `Kernel.reduce` for what they are. Or to be
+    copied, each to its y, of its size and dtype: of these there are no numbers."""
 
     kind: Kind
     xs: Sequence[Tensor]
-    out: Place
+    out: Place | None
     """Shape ``(n,)`` for the first number of each x, or ``(k, n)`` for the first k: float64, on the CPU, its last
     dimension dense."""
     ys: Sequence[Tensor] = ()
@@ -40,3 +41,5 @@ class Request:
     thresholds: Tensor | None = None
     pairs: Place | None = None
     """Shape ``(3, len(ys))``, likewise: all three numbers of the x that have a y, once more."""
+    done: Callable[[], object] = lambda: None
+    """Called once it has been answered, and never if it could not be."""

@@ -64,7 +64,7 @@ class Activations:
         self._labels: list[str] = []
         self._largest: list[float] = []
         self._pending: list[Tensor] = []
-        self._chunks: list[Tensor] = []
+        self._chunks: list[Tensor | list[float]] = []
         self._claimed: Trace | None = None
         self._seconds = 0.0
 
@@ -90,10 +90,10 @@ class Activations:
             self._fold()
             on_host, arrivals = list(self._chunks), []
             for i, chunk in enumerate(self._chunks):
-                if chunk.device.type != "cpu":
-                    on_host[i] = host_place(chunk.numel(), chunk.dtype, chunk.device).view(chunk.shape)
+                if isinstance(chunk, Tensor) and chunk.device.type != "cpu":
+                    on_host[i] = place = host_place(chunk.numel(), chunk.dtype, chunk.device).view(chunk.shape)
                     with torch.cuda.device_of(chunk):  # type: ignore[no-untyped-call]  # on whose stream it was made
-                        arrivals.append(Arrival(chunk, on_host[i]))
+                        arrivals.append(Arrival(chunk, place))
             self._claimed = Trace(self._labels, on_host, arrivals, self._gradients)
             self._labels, self._chunks = [], []
         return self._claimed
@@ -177,11 +177,11 @@ class Activations:
             self._fold()
 
     def _fold(self) -> None:
-        """Put what is pending together to one tensor: magnitudes, or pairs of one device and dtype, never both."""
-        with torch.no_grad():
-            if self._largest:
-                self._chunks.append(torch.tensor(self._largest, dtype=torch.float64, device="cpu").view(-1, 1))
-            if self._pending:
+        """Put what is pending together: magnitudes as they are, or pairs of one device and dtype, never both."""
+        if self._largest:
+            self._chunks.append(self._largest)
+        if self._pending:
+            with torch.no_grad():
                 self._chunks.append(torch.stack(self._pending).view(-1, 2))
         self._largest, self._pending = [], []
 

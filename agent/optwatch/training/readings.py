@@ -139,11 +139,14 @@ class Readings:
         present = asked if len(positions) == len(asked) else [asked[i] for i in positions]
         return present, list(map(placement.local, gradients)) if self._cut else gradients
 
-    def read_gradients(self, row: rows.Row, due: list[int], wanted: set[int] | None = None) -> bool:
+    def read_gradients(
+        self, row: rows.Row, due: list[int], wanted: set[int] | None = None, copying: Update | None = None
+    ) -> bool:
         """Reduce the gradients into the row, beside the first moments that are `due`; those read before for the same
         step are replaced. Whether they could be read without waiting.
 
         Where `wanted` is given, only those of the parameters with such an ``id`` are read, and join those read before.
+        What is `copying` copies its weights in the same go.
         """
         present, gradients = self.gradients(wanted)
         plain = isinstance(gradients, kernels.Located)
@@ -160,6 +163,8 @@ class Readings:
                 state.products(self.reducer, gradients, at, moments, (squares, pairs))
             else:
                 self.reducer.square_sums(gradients, squares)
+            if copying is not None:
+                copying.before()
         return True
 
     def _part(self, indices: list[int]) -> Part:

@@ -137,7 +137,7 @@ class Reducer:
             kernels.prepare(device)
         self._scratch: tuple[Tensor, Tensor] | None = None
         self._plans: dict[tuple[int, ...], Plan] = {}
-        self._waiting: list[tuple[kernels.Request, Callable[[], None]]] | None = None
+        self._waiting: list[tuple[kernels.Request, Callable[[], object]]] | None = None
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -284,11 +284,16 @@ class Reducer:
                     sums.index_copy_(0, block.pack.positions, _segments(squares, "sum", block.pack.sizes))
         return result.index_add_(1, plan.single_owners, partial)
 
-    def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        """Copy each tensor to its target, which has its shape and dtype and is on its device. Waits for no device."""
-        kernel = kernels.cpu_kernel() if self._compiles and self.device.type == "cpu" else None
-        if targets and (kernel is None or not kernel.copy(sources, targets)):
-            torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+    def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor], done: Callable[[], object]) -> None:
+        """Copy each tensor to its target, which has its shape and dtype and is on its device. Waits for no device.
+        ``done`` is called once that has been, on its device, enqueued."""
+
+        def alone() -> None:
+            if targets:
+                torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+            done()
+
+        self._write(kernels.Request("copy", sources, None, targets, done=done), alone)
 
     def nonnegative(self, tensors: Iterable[Tensor], thresholds: Tensor | None, out: Place | None = None) -> Tensor:
         """Sum, largest entry and number of entries below a threshold, of tensors without negative entries.
@@ -336,7 +341,7 @@ class Reducer:
         below.index_add_(0, plan.single_owners, partial[2])
         return result
 
-    def _write(self, request: kernels.Request, alone: Callable[[], None]) -> None:
+    def _write(self, request: kernels.Request, alone: Callable[[], object]) -> None:
         """Have a request answered when `together` ends, where we are in it, else now: by what does it `alone`."""
         if self._waiting is None:
             alone()
@@ -375,13 +380,14 @@ class Reducer:
         return view.copy_(torch.cat([flats[position] for position in block.members]))
 
 
-def _answer(kernel: kernels.Kernel, waiting: Sequence[tuple[kernels.Request, Callable[[], None]]]) -> None:
+def _answer(kernel: kernels.Kernel, waiting: Sequence[tuple[kernels.Request, Callable[[], object]]]) -> None:
     """Answer all requests by the kernel or, where it cannot read something, each on its own: a fault costs no other."""
     if kernel.run([request for request, _ in waiting]):
         for request, _ in waiting:
-            request.out.written()
-            if request.pairs is not None:
-                request.pairs.written()
+            for place in (request.out, request.pairs):
+                if place is not None:
+                    place.written()
+            request.done()
         return
     with ExitStack() as each:
         for _, alone in reversed(waiting):

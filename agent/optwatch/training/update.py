@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from optwatch.kernels import Place, addresses
+from optwatch.kernels import Place, addresses, located
 from optwatch.parallel.placement import local
 
 from .statistics import Reducer, flat
@@ -77,6 +78,58 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+class Window:
+    """One window: its parameters, as they are now, and its copies.
+
+    Args:
+        slices: of the window.
+        parameters: of all windows.
+        latest: where its numbers are kept, shape ``(2, len(slices))``.
+    """
+
+    def __init__(self, slices: Sequence[Slice], parameters: Sequence[Tensor], reducer: Reducer, latest: Tensor) -> None:
+        self.latest = latest
+        self.plan = reducer.new_plan([piece.stop - piece.start for piece in slices])
+        self._slices = slices
+        self._device = reducer.device
+        self._members = [parameters[piece.parameter] for piece in slices]
+        self._dtypes = [_dtype(p) for p in self._members]
+        self._where: tuple[bytes, ...] | None = None
+        self._pieces: Sequence[Tensor] = ()
+        self._copies: Sequence[Tensor] = ()
+
+    def pieces(self) -> Sequence[Tensor] | None:
+        """The slices, as the parameters are now: one-dimensional views; None where one has become another dtype. They
+        are kept while the parameters stay where they are: making one takes ten times as long as asking for an
+        address."""
+        found = addresses(self._members, self._device)
+        where = None if found is None else found.key()
+        if where is None or where != self._where:
+            self._where, self._pieces = where, located(list(map(self._piece, self._members, self._slices)))
+            if [piece.dtype for piece in self._pieces] != self._dtypes:
+                self._where = None
+                return None
+        return self._pieces
+
+    def copies(self, scratch: Tensor) -> Sequence[Tensor]:
+        """The places of the copies, one for each slice; made once: a view costs more than copying a small tensor."""
+        if not self._copies:
+            each = zip(self._slices, self._dtypes, strict=True)
+            self._copies = located([self._place(scratch, piece, dtype) for piece, dtype in each])
+        return self._copies
+
+    @staticmethod
+    def _piece(parameter: Tensor, piece: Slice) -> Tensor:
+        elements = flat(local(parameter))
+        whole = piece.stop - piece.start == elements.numel()
+        return elements if whole else elements[piece.start : piece.stop]
+
+    @staticmethod
+    def _place(scratch: Tensor, piece: Slice, dtype: torch.dtype) -> Tensor:
+        size = (piece.stop - piece.start) * dtype.itemsize
+        return scratch[piece.offset : piece.offset + size].view(dtype)
+
+
 class Update:
     """Measures the updates of one list of parameters. Never waits for the device.
 
@@ -97,29 +150,23 @@ class Update:
         self._begin_rotation()
 
     def _begin_rotation(self) -> None:
-        dtypes = [_dtype(p) for p in self._parameters]
-        self._dtypes = dtypes
+        widths = [_dtype(p).itemsize for p in self._parameters]
         sizes = [local(p).numel() * (2 if p.is_complex() else 1) for p in self._parameters]
-        self.windows = plan(sizes, [dtype.itemsize for dtype in dtypes], self._budget, self._spread)
-        slices = [piece for window in self.windows for piece in window]
+        planned = plan(sizes, widths, self._budget, self._spread)
+        slices = [piece for window in planned for piece in window]
         owners = [piece.parameter for piece in slices]
-        self._whole = owners == list(range(len(dtypes)))
+        self._whole = owners == list(range(len(sizes)))
         device = self._reducer.device
         self._owners = numbers(owners, torch.int64, device)
         self._latest = torch.full((2, len(slices)), NOT_MEASURED, dtype=self._reducer.dtype, device=device)
         """By slice: the sum of the squares of its change, and of its weights after that step."""
-        ends = [piece.offset + (piece.stop - piece.start) * dtypes[piece.parameter].itemsize for piece in slices]
+        ends = [piece.offset + (piece.stop - piece.start) * widths[piece.parameter] for piece in slices]
         self._used = max(ends, default=0)
-        self._plans = [
-            self._reducer.new_plan([piece.stop - piece.start for piece in window]) for window in self.windows
-        ]
+        each = zip(planned, torch.split(self._latest, [len(window) for window in planned], dim=1), strict=True)
+        self.windows = [Window(window, self._parameters, self._reducer, latest) for window, latest in each]
         self._scratch: Tensor | None = None
-        self._places: list[list[Tensor]] = [[] for _ in self.windows]
-        self._members = [[self._parameters[piece.parameter] for piece in window] for window in self.windows]
-        self._views: list[tuple[tuple[bytes, ...] | None, list[Tensor]]] = [(None, []) for _ in self.windows]
-        self._window_dtypes = [[dtypes[piece.parameter] for piece in window] for window in self.windows]
         self._next = 0
-        self._copies: list[Tensor] | None = None
+        self._copies: Sequence[Tensor] | None = None
 
     @property
     def rotates(self) -> bool:
@@ -134,22 +181,19 @@ class Update:
     def before(self) -> None:
         """Copy the weights of the next window. A copy whose step raised is forgotten, and a rotation begins anew where
         a parameter of the window has become another dtype."""
-        known = self._views[self._next][1]
-        pieces = self._pieces()
-        if pieces is not known and [piece.dtype for piece in pieces] != self._window_dtypes[self._next]:
+        self._copies = None
+        if (pieces := self._window.pieces()) is None:
             self._begin_rotation()
-            pieces = self._pieces()
+            pieces = self._window.pieces()
+            assert pieces is not None  # noqa: S101 - of the dtypes that it was made of
         if self._scratch is None:
             self._scratch = torch.empty(self._used, dtype=torch.uint8, device=self._reducer.device)
-        self._copies = None
-        copies = self._places[self._next]
-        if not copies:  # made once: a view costs more than copying a small tensor does
-            copies += [self._place(piece) for piece in self._window]
-        self._reducer.copy(pieces, copies)
-        self._copies = copies
+        copies = self._window.copies(self._scratch)
+        self._reducer.copy(pieces, copies, partial(setattr, self, "_copies", copies))
 
     def after(self, skipped: Tensor | None = None) -> None:
-        """Compare the weights with their copies, and go on to the next window. Nothing where no copy was taken.
+        """Compare the weights with their copies, and go on to the next window. Nothing where no copy was taken, or a
+        parameter has become another dtype.
 
         ``skipped`` is a 0-d tensor on the device, above 0 where the optimizer has skipped the step: then what was
         measured of this window before stays.
@@ -157,13 +201,14 @@ class Update:
         copies, self._copies = self._copies, None
         if copies is None:
             return
-        first = sum(map(len, self.windows[: self._next]))
-        latest = self._latest[:, first : first + len(copies)]
-        compared = copies, self._pieces(), self._plans[self._next]
+        window = self._window
+        if (pieces := window.pieces()) is None:
+            return
         if skipped is None:
-            self._reducer.changes(*compared, out=Place(latest))
+            self._reducer.changes(copies, pieces, window.plan, out=Place(window.latest))
         else:
-            latest.copy_(torch.where(skipped > 0, latest, self._reducer.changes(*compared)))
+            changes = self._reducer.changes(copies, pieces, window.plan)
+            window.latest.copy_(torch.where(skipped > 0, window.latest, changes))
         self._next = (self._next + 1) % len(self.windows)
 
     def sums(self) -> Tensor:
@@ -179,31 +224,8 @@ class Update:
         return result.masked_fill_(missing > 0, NOT_MEASURED)
 
     @property
-    def _window(self) -> list[Slice]:
+    def _window(self) -> Window:
         return self.windows[self._next]
-
-    def _pieces(self) -> list[Tensor]:
-        """The slices of the window, as the parameters are now: one-dimensional views. They are kept while the
-        parameters stay where they are: making one takes ten times as long as asking for an address."""
-        members = self._members[self._next]
-        found = addresses(members, self._reducer.device)
-        where = None if found is None else found.key()
-        known, pieces = self._views[self._next]
-        if where is not None and where == known:
-            return pieces
-        pieces = []
-        for parameter, piece in zip(members, self._window, strict=True):
-            elements = flat(local(parameter))
-            whole = piece.stop - piece.start == elements.numel()
-            pieces.append(elements if whole else elements[piece.start : piece.stop])
-        self._views[self._next] = (where, pieces)
-        return pieces
-
-    def _place(self, piece: Slice) -> Tensor:
-        assert self._scratch is not None  # noqa: S101 - allocated by `before`
-        dtype = self._dtypes[piece.parameter]
-        size = (piece.stop - piece.start) * dtype.itemsize
-        return self._scratch[piece.offset : piece.offset + size].view(dtype)
 
 
 def _dtype(parameter: Tensor) -> torch.dtype:

@@ -29,6 +29,7 @@ from .readings import Readings, first_parameter
 from .skipping import Skipping
 from .taps import MicroBatch
 from .transfer import Moment
+from .update import Update
 
 
 class Watch:
@@ -251,13 +252,17 @@ class Watch:
             self._written[2].copy_(found_inf.reshape(()), non_blocking=True)
             row.refuses = found_inf is self._told
         # With a closure the gradients of this step do not exist yet; what is in .grad belongs to the step before.
-        if gradients and self._view is None:
-            self._read_gradients()
+        copying = readings.update if self._measures_update(row, readings) else None
+        read = gradients and self._view is None and self._read_gradients(copying=copying)
         if readings.breaks(row):
             row.broken_before = readings.broken_state()
+        if copying is not None and not read:
+            with readings.reducer.together():
+                copying.before()
+
+    def _measures_update(self, row: rows.Row, readings: Readings) -> bool:
         update = readings.update
-        if update is not None and (row.completes or (update.rotates and self.steps % self.stretch == 0)):
-            update.before()
+        return update is not None and (row.completes or (update.rotates and self.steps % self.stretch == 0))
 
     def _gradient_sums(self) -> Tensor:
         """Sums of squares of the gradients that the step is about to use: NaN or infinite where one of them is."""
@@ -367,19 +372,20 @@ class Watch:
             if isinstance(rate, Tensor):
                 row.layout.learning_rates(self._written)[i].copy_(rate.detach(), non_blocking=True)
 
-    def _read_gradients(self, wanted: set[int] | None = None) -> None:
+    def _read_gradients(self, wanted: set[int] | None = None, copying: Update | None = None) -> bool:
         """Read the gradients into the row that is open, if one is and they are due: see `Readings.read_gradients`."""
         row = self._row
         if row is None or self.steps % self.gradient_interval:
-            return
+            return False
         began = time.perf_counter()
-        if not self._reads.read_gradients(row, self._due, wanted):
-            return
+        if not self._reads.read_gradients(row, self._due, wanted, copying):
+            return False
         if self._clipped is not None:
             present, sums = self._clipped
             row.place(("gradient_before_clip",), present).write(sums)
             self._clipped = None
         self._gradient_seconds += time.perf_counter() - began
+        return True
 
     def _read_before_clip(self, parameters: list[Tensor]) -> None:
         if (self.steps + 1) % self.gradient_interval:

@@ -56,7 +56,9 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_of_a_list_with_one_that_no_kernel_may_read_nothing_is_told(name: str, located: str) -> None:
-    assert kernels.addresses([torch.ones(3), UNREADABLE[name]()]) is None
+    odd = UNREADABLE[name]()
+    assert kernels.addresses([torch.ones(3), odd]) is None
+    assert locate.place(odd) is None
 
 
 def test_each_tensor_is_where_it_says_and_nothing_is_missed(located: str) -> None:
@@ -68,6 +70,7 @@ def test_each_tensor_is_where_it_says_and_nothing_is_missed(located: str) -> Non
     assert where == [x.data_ptr() for x in tensors]
     assert sizes == [x.numel() for x in tensors]
     assert dtypes == [locate.DTYPES[x.dtype] for x in tensors]
+    assert [locate.place(x) for x in tensors] == list(zip(where, sizes, dtypes, strict=True))
     again = kernels.addresses(tuple(tensors))
     assert again is not None
     assert found.key() == again.key()

@@ -66,7 +66,7 @@ def test_what_is_exported_equals_the_definition_of_each_optimizer(package: str, 
     names = None if ALL else SAMPLE[package]
     if names is not None and not names:
         pytest.skip("all of it runs with OPTWATCH_ALL_OPTIMIZERS=1")
-    kernels.prepare_addresses().join()  # else some would be read by Python alone: few have 100 parameters
+    kernels.prepare_addresses().join()  # else some would be read by Python alone: few have 50 parameters
     assert locate.compiled.made is not None
     subjects = page.proved(package, tmp_path, names)
     assert {s.name: s.problems for s in subjects if s.problems} == {}
