@@ -37,7 +37,6 @@ from torch import nn
 from torch.nn import functional
 
 from optwatch import Settings, attach, kernels
-from optwatch.training.update import Update
 
 RESULTS = Path(__file__).with_name("results") / "overhead.md"
 TOKENS = 512
@@ -199,15 +198,11 @@ def bytes_read(training: Training, agent: Agent, steps: int) -> float:
     def requested(_: Any, requests: Any) -> int:
         return sum(x.nbytes for request in requests for x in (*request.xs, *request.ys))
 
-    def copied(update: Any) -> int:
-        return 2 * sum(x.nbytes for x in update._copies or ())
-
     agent.begin()
     training.step(nothing)
     with (
         counts(kernels.Kernel, "run", requested),
         counts(kernels.Kernel, "largest", lambda _, x: x.nbytes),
-        counts(Update, "before", copied),
     ):
         for _ in range(steps):
             training.step(nothing)
