@@ -37,6 +37,7 @@ CADENCES = {"default": 10, "all statistics every step": 1}
 class Size:
     """A model and how many tokens a step sees."""
 
+    vocabulary: int
     width: int
     blocks: int
     sequence: int
@@ -50,8 +51,8 @@ class Size:
         return self.sequence * self.micro_batch * self.accumulation
 
 
-FULL = Size(width=2048, blocks=24, sequence=2048, micro_batch=4, accumulation=4, steps=20)
-SMALL = Size(width=128, blocks=2, sequence=64, micro_batch=4, accumulation=2, steps=10)
+FULL = Size(vocabulary=50_304, width=2048, blocks=24, sequence=2048, micro_batch=4, accumulation=4, steps=20)
+SMALL = Size(vocabulary=512, width=128, blocks=2, sequence=64, micro_batch=4, accumulation=2, steps=10)
 
 
 class Block(nn.Module):
@@ -81,13 +82,13 @@ class Trainer:
         torch.manual_seed(0)
         with device:
             self.model = nn.Sequential(
-                nn.Embedding(50_304, size.width),
+                nn.Embedding(size.vocabulary, size.width),
                 *(Block(size.width) for _ in range(size.blocks)),
                 nn.LayerNorm(size.width),
-                nn.Linear(size.width, 50_304, bias=False),
+                nn.Linear(size.width, size.vocabulary, bias=False),
             )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
-        self.batch = torch.randint(50_304, (size.micro_batch, size.sequence + 1), device=device)
+        self.batch = torch.randint(size.vocabulary, (size.micro_batch, size.sequence + 1), device=device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def step(self) -> None:

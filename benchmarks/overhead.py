@@ -109,7 +109,10 @@ class Agent(Contender):
         self.monitor = attach(self._optimizer, model=self._model, port=0, settings=self.settings)
 
     def _detach(self) -> None:
+        self.monitor.flush(60)
         self.monitor.detach()
+        if self.monitor.faults.counts:
+            raise RuntimeError(f"the agent failed, and costs less than one that works: {self.monitor.faults.counts}")
 
     def seconds(self) -> tuple[float, float]:
         """What its hooks, and what all of it, has taken since it was attached."""

@@ -263,7 +263,8 @@ extern "C" PyObject *optwatch_place(PyObject *tensor) {
     Py_RETURN_NONE;
 }
 
-/* As `optwatch_locate`, of what a dict of entries by parameter has of each of these under the first of the names that is there. */
+/* As `optwatch_locate`, of what a dict of entries by parameter has of each of these: under the first of the names that is
+ * there. */
 extern "C" PyObject *optwatch_moments(PyObject *state, PyObject *parameters, PyObject *names, PyObject *device) {
     if (!usual(state, parameters, names) || !THPDevice_Check(device)) Py_RETURN_NONE;
     const at::Device &on = reinterpret_cast<THPDevice *>(device)->device;

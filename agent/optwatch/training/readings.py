@@ -252,16 +252,17 @@ class Readings:
             place = row.place(("second_sum", "second_max", "second_below"), indices)
             state.nonnegative(self.reducer, seconds, thresholds, place)
 
-    def _step_counts(self, row: rows.Row, part: Part) -> Tensor | None:
+    def _step_counts(self, row: rows.Row, part: Part) -> float | Tensor | None:
         """The steps t of the bias correction, where each of these parameters has one: shape ``(k,)``, float64, where
-        they are kept. They go into the row."""
+        they are kept, or the one that all share. They go into the row."""
         states = state.holder(self._optimizer).state
         each = self._reader.counts(states, part.parameters, self._optimizer.param_groups, part.groups)
         if isinstance(each, float):
-            counts = torch.full((len(part.indices),), each, dtype=torch.float64, device="cpu")
-        elif None in each:
+            row.step_counts = torch.full((len(part.indices),), each, dtype=torch.float64, device="cpu")
+            return each
+        if None in each:
             return None
-        elif float in map(type, each):  # one at a time, a tensor takes ten times as long to make
+        if float in map(type, each):  # one at a time, a tensor takes ten times as long to make
             counts = torch.tensor(each, dtype=torch.float64, device="cpu")
         else:
             counts = torch.stack(each).to(torch.float64)  # type: ignore[arg-type]  # all are tensors
@@ -279,7 +280,7 @@ class Readings:
             self.state_shape = shape
             row.state_bytes = state.state_bytes(self._optimizer)
 
-    def _thresholds(self, row: rows.Row, part: Part, counts: Tensor) -> Tensor | None:
+    def _thresholds(self, row: rows.Row, part: Part, counts: float | Tensor) -> Tensor | None:
         """The v below which the step's root is below its ε, for each parameter: float64, where the step counts are.
 
         √(v / (1 − β₂ᵗ)) < ε, or √v < ε where the bias is corrected after ε has been added.
@@ -287,18 +288,15 @@ class Readings:
         groups = part.groups
         if any(row.betas2[group] is None or row.epsilons[group] is None for group in set(groups)):
             return None
-        squares = [0.0 if epsilon is None else epsilon**2 for epsilon in row.epsilons]
-        betas = [0.0 if beta is None else beta for beta in row.betas2]
-        if row.late_correction:
-            return numbers([squares[group] for group in groups], torch.float64, torch.device("cpu"))
-        if counts.device.type == "cpu":
-            each = list(zip(groups, counts.tolist(), strict=True))
-            known = {(group, count): (1 - betas[group] ** count) * squares[group] for group, count in set(each)}
-            if len(known) == 1:
-                return counts.new_full((len(groups),), *known.values())
-            return numbers([known[at] for at in each], torch.float64, counts.device)
-        squared = numbers([squares[group] for group in groups], torch.float64, counts.device)
-        return (1 - numbers([betas[group] for group in groups], torch.float64, counts.device) ** counts) * squared
+        betas, epsilons = ([0.0 if x is None else x for x in values] for values in (row.betas2, row.epsilons))
+        limits = [epsilon**2 for epsilon in epsilons]
+        if isinstance(counts, float) and not row.late_correction:
+            limits = [(1 - beta**counts) * limit for beta, limit in zip(betas, limits, strict=True)]
+        device = counts.device if isinstance(counts, Tensor) else torch.device("cpu")
+        each = numbers([limits[group] for group in groups], torch.float64, device)
+        if row.late_correction or isinstance(counts, float):
+            return each
+        return (1 - numbers([betas[group] for group in groups], torch.float64, device) ** counts) * each
 
 
 class SparseGradientError(RuntimeError):
