@@ -1,6 +1,6 @@
 """Moments that are not one tensor of their parameter's shape, and reductions over them that allocate no such tensor.
 
-Each form yields its numbers in pieces of at most one block of `training.statistics`, or reduces what it keeps as it is.
+Each form yields its numbers in pieces of at most one block (see `training.blocks`), or reduces what it keeps as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from optwatch.kernels import Located, Place
-from optwatch.training.statistics import Reducer, block_size
+from optwatch.training.blocks import block_size
+from optwatch.training.statistics import Reducer
 
 
 class Compact(ABC):

@@ -6,8 +6,6 @@ It launches reductions and writes what they give into a row. Nothing here waits 
 from __future__ import annotations
 
 import math
-from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,38 +13,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optwatch import kernels, state
-from optwatch.kernels.locate import States
 from optwatch.kernels.plain import PLAIN
 from optwatch.parallel import deepspeed, placement, store
 from optwatch.parallel.checksums import Checks
 from optwatch.parallel.reducers import DeviceReducers
 from optwatch.record import Source
 from optwatch.settings import Settings
-from optwatch.state.reader import Moments, Reader
+from optwatch.state.reader import Reader
 
 from . import layers, rows
+from .moments import Moments
 from .sampling import Schedule
 from .statistics import Reducer
-from .transfer import numbers
 from .update import SPREAD, Update
 
-ReadAll = Callable[[States, list[Tensor], torch.device], Moments]
-"""Reads a moment of some parameters in an optimizer's state."""
 FEW = 500
 """Numbers up to which adding up a list of them takes less time than an operation of torch's."""
-
-
-class Part:
-    """Some of the parameters, which are read together. Kept for the steps to come: making a list of hundreds is one of
-    the large allocations behind a step that locate.cpp avoids."""
-
-    def __init__(self, indices: list[int], parameters: Sequence[Tensor], groups: Sequence[int]) -> None:
-        self.indices = indices
-        self.parameters = [parameters[i] for i in indices]
-        self.groups = [groups[i] for i in indices]
-        """The parameter group of each."""
-        self.at = array("q", indices)
-        """The indices, as a kernel reads them."""
 
 
 class Readings:
@@ -116,7 +98,7 @@ class Readings:
         self.update = Update(parameters, self.reducer, budget, spread) if budget else None
         every = settings.rank_check_every
         self.checks = Checks(self.layout, parameters, every) if every and store.world() is not None else None
-        self._parts: dict[int, Part] = {}
+        self._moments = Moments(optimizer, reader, parameters, self.layout.groups, bool(self._cut), self.reducer.device)
         self._was_finite = True
 
     def of(self, optimizer: Optimizer) -> bool:
@@ -154,7 +136,7 @@ class Readings:
             self._say_once(SparseGradientError(self._name))
             return False
         row.partial_gradients = not all(p.grad is None or placement.summable(p) for p in self._cut)
-        indices, at, moments = self._moments_before(self._part(due), present, gradients)
+        indices, at, moments = self._moments.before(self._moments.part(due), present, gradients)
         behind = wanted is not None
         with self.reducer.together():
             squares = row.place(("gradient",), present, behind)
@@ -166,49 +148,6 @@ class Readings:
             if copying is not None:
                 copying.before()
         return True
-
-    def _part(self, indices: list[int]) -> Part:
-        """The part that a list of the schedule's stands for."""
-        part = self._parts.get(id(indices))
-        if part is None:  # which keeps the list, so that its id is no other's
-            part = self._parts[id(indices)] = Part(indices, self._parameters, self.layout.groups)
-        return part
-
-    def _moments_before(
-        self, part: Part, present: Sequence[int], gradients: Sequence[Tensor]
-    ) -> tuple[list[int], Sequence[int], Sequence[state.Stored]]:
-        """The first moments of a part whose product with the gradient has a meaning: their parameters, the positions of
-        their gradients, and themselves."""
-        all_present = len(present) == len(self._parameters)
-        indices, held = self._held(self._reader.firsts, part)
-        # A gradient that a kernel may read is dense and of its parameter's shape, as a moment that is one tensor is. It
-        # becomes no Python object for that to be asked.
-        plain = isinstance(gradients, kernels.Located)
-        if plain and all_present and state.is_plain(held):
-            return indices, part.at if indices is part.indices else indices, held
-        chosen: list[int] = []
-        positions: list[int] = []
-        moments: list[state.Stored] = []
-        for i, moment in zip(indices, held, strict=True):
-            at = i if all_present else bisect_left(present, i)
-            if at == len(present) or present[at] != i:
-                continue
-            if state.aligned(moment, self._parameters[i] if plain else gradients[at]):
-                chosen.append(i)
-                positions.append(at)
-                moments.append(moment)
-        return chosen, positions, moments
-
-    def _held(self, read: ReadAll, part: Part) -> tuple[list[int], Sequence[state.Stored]]:
-        """The parameters of a part that have a moment, and what this rank holds of it."""
-        positions, moments = read(state.holder(self._optimizer).state, part.parameters, self.reducer.device)
-        whole = len(positions) == len(part.indices)
-        indices = part.indices if whole else [part.indices[i] for i in positions]
-        if not self._cut:
-            return indices, moments
-        held = map(placement.held, moments, (part.parameters[i] for i in positions))
-        known = [(i, moment) for i, moment in zip(indices, held, strict=True) if moment is not None]
-        return [i for i, _ in known], [moment for _, moment in known]
 
     def breaks(self, row: rows.Row) -> bool:
         """Whether loss or gradients are not finite for the first time, where reading them waits for no device."""
@@ -225,9 +164,9 @@ class Readings:
         """Moments and weights that are not finite before the step: those that the forward pass was computed with. The
         step itself makes all of them NaN, so that nobody can tell afterwards."""
         weights = list(enumerate(map(placement.local, self._parameters)))
-        everything = self._part(self.schedule.everything)
-        both = [self._held(read, everything) for read in (self._reader.firsts, self._reader.seconds)]
-        known, moments = [i for indices, _ in both for i in indices], [moment for _, held in both for moment in held]
+        everything = self._moments.part(self.schedule.everything)
+        both = [find(everything) for find in (self._moments.firsts, self._moments.seconds)]
+        known, moments = [i for part, _ in both for i in part.indices], [moment for _, held in both for moment in held]
         found: list[tuple[Source, list[int], Tensor]] = [
             ("moment", known, state.square_sums(self.reducer, moments)),
             ("weight", [i for i, _ in weights], self.reducer.square_sums(weight for _, weight in weights)),
@@ -236,41 +175,19 @@ class Readings:
 
     def read_state(self, row: rows.Row, due: list[int]) -> None:
         """Reduce the weights and moments of the parameters that are `due` into the row, after the step."""
-        part = self._part(due)
+        part = self._moments.part(due)
         weights = list(map(placement.local, part.parameters)) if self._cut else part.parameters
         self.reducer.square_sums(weights, row.place(("weight",), due))
-        indices, firsts = self._held(self._reader.firsts, part)
+        having, firsts = self._moments.firsts(part)
         if firsts:
-            state.square_sums(self.reducer, firsts, row.place(("first_moment",), indices))
-        indices, seconds = self._held(self._reader.seconds, part)
+            state.square_sums(self.reducer, firsts, row.place(("first_moment",), having.indices))
+        having, seconds = self._moments.seconds(part)
         if seconds:
             row.second_sizes = state.entries(seconds)
-            if indices is not due:
-                part = Part(indices, self._parameters, self.layout.groups)
-            counts = self._step_counts(row, part)
-            thresholds = None if counts is None else self._thresholds(row, part, counts)
-            place = row.place(("second_sum", "second_max", "second_below"), indices)
+            counts = self._moments.step_counts(row, having)
+            thresholds = None if counts is None else self._moments.thresholds(row, having, counts)
+            place = row.place(("second_sum", "second_max", "second_below"), having.indices)
             state.nonnegative(self.reducer, seconds, thresholds, place)
-
-    def _step_counts(self, row: rows.Row, part: Part) -> float | Tensor | None:
-        """The steps t of the bias correction, where each of these parameters has one: shape ``(k,)``, float64, where
-        they are kept, or the one that all share. They go into the row."""
-        states = state.holder(self._optimizer).state
-        each = self._reader.counts(states, part.parameters, self._optimizer.param_groups, part.groups)
-        if isinstance(each, float):
-            row.step_counts = torch.full((len(part.indices),), each, dtype=torch.float64, device="cpu")
-            return each
-        if None in each:
-            return None
-        if float in map(type, each):  # one at a time, a tensor takes ten times as long to make
-            counts = torch.tensor(each, dtype=torch.float64, device="cpu")
-        else:
-            counts = torch.stack(each).to(torch.float64)  # type: ignore[arg-type]  # all are tensors
-        if counts.device.type == "cpu":
-            row.step_counts = counts
-        else:
-            row.place(("step_count",), part.indices).write(counts)
-        return counts
 
     def complete(self, row: rows.Row) -> None:
         """What a row has of all parameters that completes a rotation."""
@@ -279,24 +196,6 @@ class Readings:
         if (shape := state.extent(self._optimizer, self._reader.grows)) != self.state_shape:
             self.state_shape = shape
             row.state_bytes = state.state_bytes(self._optimizer)
-
-    def _thresholds(self, row: rows.Row, part: Part, counts: float | Tensor) -> Tensor | None:
-        """The v below which the step's root is below its ε, for each parameter: float64, where the step counts are.
-
-        √(v / (1 − β₂ᵗ)) < ε, or √v < ε where the bias is corrected after ε has been added.
-        """
-        groups = part.groups
-        if any(row.betas2[group] is None or row.epsilons[group] is None for group in set(groups)):
-            return None
-        betas, epsilons = ([0.0 if x is None else x for x in values] for values in (row.betas2, row.epsilons))
-        limits = [epsilon**2 for epsilon in epsilons]
-        if isinstance(counts, float) and not row.late_correction:
-            limits = [(1 - beta**counts) * limit for beta, limit in zip(betas, limits, strict=True)]
-        device = counts.device if isinstance(counts, Tensor) else torch.device("cpu")
-        each = numbers([limits[group] for group in groups], torch.float64, device)
-        if row.late_correction or isinstance(counts, float):
-            return each
-        return (1 - numbers([betas[group] for group in groups], torch.float64, device) ** counts) * each
 
 
 class SparseGradientError(RuntimeError):

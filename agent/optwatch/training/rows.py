@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optwatch.kernels import Place
 
-from .statistics import wide_dtype
+from .blocks import wide_dtype
 from .taps import MicroBatch
 from .transfer import Arrival, host_place
 

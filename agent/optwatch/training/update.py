@@ -19,7 +19,8 @@ from torch import Tensor
 from optwatch.kernels import Place, addresses, located
 from optwatch.parallel.placement import local
 
-from .statistics import Reducer, flat
+from .blocks import flat
+from .statistics import Reducer
 from .transfer import numbers
 
 ALIGNMENT = 16

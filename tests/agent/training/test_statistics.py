@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from optwatch import kernels
 from optwatch.kernels import Place
 from optwatch.kernels.plain import FreedMemoryError
-from optwatch.training.statistics import CPU_BLOCK, Plan, Reducer, flat
+from optwatch.training.blocks import CPU_BLOCK, Plan, flat
+from optwatch.training.statistics import Reducer
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -134,6 +135,26 @@ def test_what_cannot_be_read_costs_nothing_else_that_was_asked_for_with_it(compi
     # Without a kernel each is read when it is asked for, and training's hook ends at the second.
     assert written == ([0, 2] if compiled else [0])
     assert outs.tolist() == ([4, 0, 9] if compiled else [4, 0, 0])
+
+
+@PATHS
+@pytest.mark.parametrize("readable", [True, False], ids=["readable", "one that no kernel reads"])
+def test_copies_are_made_with_what_is_asked_for_beside_them_and_said_when_they_are(
+    compiled: bool, readable: bool
+) -> None:
+    reducer = reducer_of(compiled)
+    sources = [torch.randn(70_000), torch.randn(6, 4) if readable else torch.randn(6, 8)[:, ::2]]
+    targets, out, said = [torch.zeros(x.shape) for x in sources], torch.zeros(2, dtype=torch.float64), []
+    with reducer.together():
+        reducer.square_sums(sources, Place(out))
+        reducer.copy(sources, targets, lambda: said.append(list(map(torch.equal, sources, targets))))
+    assert said == [[True, True]]
+    assert_close(out, torch.stack([_dot(x, x) for x in sources]))
+    reducer.copy([], [], lambda: said.append([]))
+    assert len(said) == 2
+    with pytest.raises(RuntimeError):
+        reducer.copy(sources, [targets[0], torch.zeros(5)], lambda: said.append([]))
+    assert len(said) == 2
 
 
 @PATHS
