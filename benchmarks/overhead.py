@@ -14,8 +14,9 @@ others one of three. Two figures of each:
   the hooks alone are what training waits for. Contenders that work in hooks of the passes have none.
 
 The peers are in peers.py; those whose packages are not installed are left out and named (benchmarks/requirements.txt).
-The floor is the time to read the bytes once, at the bandwidth that this run measured. What the agent reads is counted
-in further steps: more than the floor's bytes, since the moment before the step and the measured update are read too.
+The floor is the time to read the bytes once, at the bandwidth that this run measured, and, as a contender of its own,
+what its kernel takes to do that in the midst of a step. What the agent reads is counted in further steps: more than the
+floor's bytes, since the moment before the step, the measured update and the outputs of layers are read too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from torch import nn
 from torch.nn import functional
 
 from optwatch import Settings, attach, kernels
+from optwatch.training.sampling import Schedule
 
 RESULTS = Path(__file__).with_name("results") / "overhead.md"
 TOKENS = 512
@@ -49,6 +51,7 @@ OFTEN = 2
 FEW_STEPS = 3
 """Of a block of a peer."""
 PLAIN, DEFAULT, EVERYTHING = "plain step", "optwatch, default", "optwatch, everything each step"
+BYTES = "its kernel alone on g and a tenth of p, m, v"
 OVERHEAD = "optwatch_agent_overhead_seconds_total"
 
 
@@ -120,6 +123,30 @@ class Agent(Contender):
         seen = self.monitor.snapshot()
         hooks = seen[f'{OVERHEAD}{{where="hook"}}']
         return hooks, hooks + seen[f'{OVERHEAD}{{where="host"}}']
+
+
+def kernel_alone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
+    """What has to be read at the default cadence, read once by the agent's kernel, and nothing done with it: the floor
+    as it is in the midst of a step, where what training has left in the caches is to be written back first."""
+    kernel, parameters = kernels.cpu_kernel(), list(model.parameters())
+    assert kernel is not None
+    schedule = Schedule([p.numel() for p in parameters], 10)
+    known: dict[int, list[Sequence[torch.Tensor]]] = {}
+    squares = torch.zeros(4, len(parameters), dtype=torch.float64)
+    turn = 0
+
+    def read() -> None:
+        nonlocal turn
+        turn = (turn + 1) % 10
+        if turn not in known:
+            some = [parameters[i] for i in schedule.part(turn)]
+            each = [some, *([optimizer.state[p][key] for p in some] for key in ("exp_avg", "exp_avg_sq"))]
+            known[turn] = list(map(kernels.located, each))
+        lists = [kernels.gradients(parameters, kernels.CPU)[1], *known[turn]]
+        places = [kernels.Place(row[: len(xs)]) for row, xs in zip(squares, lists, strict=True)]
+        assert kernel.run([kernels.Request("products", xs, place) for xs, place in zip(lists, places, strict=True)])
+
+    return Contender(read)
 
 
 @dataclass
@@ -220,6 +247,7 @@ def measure(make: Make, seconds: float) -> tuple[Training, float, dict[str, Figu
     agents = {DEFAULT: Agent(*whole, 10), EVERYTHING: Agent(*whole, 1)}
     contenders: dict[str, Contender] = {PLAIN: Contender(), **agents}
     often = list(contenders)
+    contenders[BYTES] = kernel_alone(*whole)
     contenders |= {name: peer(*whole) for name, peer in installed().items()}
     order = [*contenders, *often * (OFTEN - 1)]
     figures = {name: Figures() for name in contenders}
