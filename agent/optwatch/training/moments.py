@@ -151,7 +151,10 @@ class Moments:
         if isinstance(counts, float) and not row.late_correction:
             limits = [(1 - beta**counts) * limit for beta, limit in zip(betas, limits, strict=True)]
         device = counts.device if isinstance(counts, Tensor) else torch.device("cpu")
-        each = numbers([limits[group] for group in groups], torch.float64, device)
+        if len(limits) == 1:
+            each = torch.full((len(groups),), limits[0], dtype=torch.float64, device=device)
+        else:
+            each = numbers([limits[group] for group in groups], torch.float64, device)
         if row.late_correction or isinstance(counts, float):
             return each
         return (1 - numbers([betas[group] for group in groups], torch.float64, device) ** counts) * each

@@ -59,6 +59,10 @@ def test_of_a_list_with_one_that_no_kernel_may_read_nothing_is_told(name: str, l
     odd = UNREADABLE[name]()
     assert kernels.addresses([torch.ones(3), odd]) is None
     assert locate.place(odd) is None
+    kernels.prepare().join()
+    kernel = kernels.cpu_kernel()
+    assert kernel is not None
+    assert kernel.largest(odd) is None
 
 
 def test_each_tensor_is_where_it_says_and_nothing_is_missed(located: str) -> None:
