@@ -25,6 +25,7 @@ class Schedule:
 
     def __init__(self, sizes: Sequence[int], every: int) -> None:
         self._everything = list(range(len(sizes)))
+        self._nothing: list[int] = []  # always the same list, as each part is: what is made of one is kept
         self._parts: list[list[int]] = [[] for _ in range(every)]
         lightest = [(0, part) for part in range(every)]
         for index in sorted(self._everything, key=lambda index: -sizes[index]):
@@ -47,7 +48,7 @@ class Schedule:
         if step == 2 and stretch == 1:
             return sorted(self._parts[1] + self._parts[2 % every]), every == 2
         if step % stretch:
-            return [], False
+            return self._nothing, False
         turn = step // stretch % every
         return self._parts[turn], turn == 0
 

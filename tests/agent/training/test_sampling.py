@@ -47,6 +47,11 @@ def test_the_first_step_reads_everything_and_the_second_makes_up_for_what_had_no
     assert Schedule([5] * 9, 2).due(2) == (list(range(9)), True)
 
 
+def test_steps_that_read_the_same_are_given_the_same_list_so_that_what_is_kept_of_each_does_not_grow() -> None:
+    schedule = Schedule([5] * 9, 3)
+    assert len({id(schedule.due(step, stretch)[0]) for step in range(3, 300) for stretch in (1, 2, 4)}) == 4
+
+
 def model() -> nn.Sequential:
     torch.manual_seed(2)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
