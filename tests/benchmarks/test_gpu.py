@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SUITE = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -24,8 +25,6 @@ def test_the_suite_measures_both_cadences() -> None:
         assert re.search(rf"^\| {cadence} \| [+-][\d.]+% \(.*\) \| [\d.]+% \| -?[\d.]+ \|$", page, re.MULTILINE), page
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_skips_and_says_why() -> None:
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
     assert "skipped: torch finds no CUDA device" in run()

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -182,18 +181,19 @@ def moments(
     """The positions of the parameters for which an optimizer's state has a moment, ascending, and these: what their
     entry has under the first of these names that is there. None where one is not plain, dense, on the device (any, of
     CPUs), of its parameter's shape and a dtype that kernels know, or where nothing compiled is there."""
-    if (code := compiled.made) is None or type(states) not in (dict, defaultdict):
-        return None
-    found = code.moments(states, parameters, names, device)
+    found = None if (code := _for(states)) is None else code.moments(states, parameters, names, device)
     return None if found is None else _located(found, parameters, partial(_moment, states, names), "moment")
 
 
 def shared_count(states: States, parameters: list[Tensor], name: str) -> float | None:
     """The step count under this name, where it is on the CPU and the same for all of these parameters. None where they
     share none, or where nothing compiled is there."""
-    if (code := compiled.made) is None or type(states) not in (dict, defaultdict):
-        return None
-    return code.shared_count(states, parameters, (name,))
+    return None if (code := _for(states)) is None else code.shared_count(states, parameters, (name,))
+
+
+def _for(states: States) -> Compiled | None:
+    """What is compiled, where it can look into such a mapping as Python would."""
+    return compiled.made if type(states) in (dict, defaultdict) else None
 
 
 def _gradient(parameter: Tensor) -> Tensor | None:
@@ -253,25 +253,15 @@ class Compiled(NamedTuple):
     shared_count: Callable[[States, list[Tensor], tuple[str, ...]], float | None]
 
 
-def functions(path: Path) -> Compiled:
-    """Those of a library, which are called with the GIL."""
-    library, thing = ctypes.PyDLL(str(path)), ctypes.py_object
-    takes = {
-        "locate": [thing, ctypes.c_int, thing],
-        "place": [thing],
-        "moments": [thing] * 4,
-        "shared_count": [thing] * 3,
-    }
-    for name, arguments in takes.items():
-        function = getattr(library, f"optwatch_{name}")
-        function.argtypes, function.restype = arguments, thing
-    return Compiled(*(getattr(library, f"optwatch_{name}") for name in Compiled._fields))
-
-
 def _load() -> Compiled:
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise RuntimeError("it is for a Python with a GIL")
-    return functions(library(locate_recipe()))
+    loaded, thing = ctypes.PyDLL(str(library(locate_recipe()))), ctypes.py_object  # keeps the GIL
+    found = Compiled(*(getattr(loaded, f"optwatch_{name}") for name in Compiled._fields))
+    takes: tuple[list[Any], ...] = [thing, ctypes.c_int, thing], [thing], [thing] * 4, [thing] * 3
+    for function, arguments in zip(found, takes, strict=True):
+        function.argtypes, function.restype = arguments, thing  # type: ignore[attr-defined]
+    return found
 
 
 compiled = Background("locate", _load, "tensors are found by Python, which does the same")

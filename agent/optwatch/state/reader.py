@@ -23,7 +23,7 @@ from .stored import Compact, Factored, Parts, Quantized, Shared, Softsign, Store
 Group = Mapping[str, Any]
 Entry = Mapping[str, Any]
 """The state of one parameter."""
-Moments = tuple[Sequence[int], Sequence[Stored]]
+Kept = tuple[Sequence[int], Sequence[Stored]]
 """Positions of parameters, ascending, and a moment of each."""
 
 
@@ -258,11 +258,11 @@ class Reader:
     averages: str = "gradients"
     """What the first moment averages."""
 
-    def firsts(self, states: States, parameters: list[Tensor], device: torch.device) -> Moments:
+    def firsts(self, states: States, parameters: list[Tensor], device: torch.device) -> Kept:
         """The first moments, raw as stored, of those of these parameters that have one."""
         return _read(self.first_moment, states, parameters, device)
 
-    def seconds(self, states: States, parameters: list[Tensor], device: torch.device) -> Moments:
+    def seconds(self, states: States, parameters: list[Tensor], device: torch.device) -> Kept:
         """Likewise the second moments that the update divides by."""
         return _read(self.second_moment, states, parameters, device)
 
@@ -349,7 +349,7 @@ class Reader:
         return {signal: reason for signal, reason in reasons.items() if reason}
 
 
-def _read(place: Place | Unavailable, states: States, parameters: list[Tensor], device: torch.device) -> Moments:
+def _read(place: Place | Unavailable, states: States, parameters: list[Tensor], device: torch.device) -> Kept:
     """What is kept of each parameter; of plain tensors all at once, where something compiled does it."""
     if isinstance(place, Unavailable):
         return (), ()

@@ -32,9 +32,9 @@ from .taps import capturing
 from .transfer import Arrival, host_place
 
 MAX_PENDING = 1024
-"""Outputs kept as they are until they are put together to one tensor."""
+"""Outputs whose numbers are kept as they are until they are put together."""
 MAX_CHUNKS = 64
-"""Most such tensors between two steps: of a process that trains without stepping, the first are kept."""
+"""Most such tensors and lists between two steps: of a process that trains without stepping, the first are kept."""
 _READABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,27 +14,44 @@ from torch.optim import Optimizer
 from optwatch import kernels, state
 from optwatch.kernels.locate import States
 from optwatch.parallel import placement
-from optwatch.state.reader import Moments as Found
-from optwatch.state.reader import Reader
+from optwatch.state.reader import Kept, Reader
 
 from . import rows
 from .transfer import numbers
 
-Read = Callable[[States, list[Tensor], torch.device], Found]
+Read = Callable[[States, list[Tensor], torch.device], Kept]
 """Reads a moment of some parameters in an optimizer's state."""
 
 
 class Part:
     """Some of the parameters, which are read together. Kept for the steps to come: making a list of hundreds is one of
-    the large allocations behind a step that locate.cpp avoids."""
+    the large allocations behind a step that locate.cpp avoids.
 
-    def __init__(self, indices: list[int], parameters: Sequence[Tensor], groups: Sequence[int]) -> None:
+    Args:
+        indices: of its parameters.
+        of: all parameters.
+        groups: the parameter group of each of all.
+    """
+
+    def __init__(self, indices: list[int], of: Sequence[Tensor], groups: Sequence[int]) -> None:
         self.indices = indices
-        self.parameters = [parameters[i] for i in indices]
-        self.groups = [groups[i] for i in indices]
+        self._of = of
+        self._groups = groups
+
+    @cached_property
+    def parameters(self) -> list[Tensor]:
+        """Its parameters."""
+        return [self._of[i] for i in self.indices]
+
+    @cached_property
+    def groups(self) -> list[int]:
         """The parameter group of each."""
-        self.at = array("q", indices)
+        return [self._groups[i] for i in self.indices]
+
+    @cached_property
+    def at(self) -> array[int]:
         """The indices, as a kernel reads them."""
+        return array("q", self.indices)
 
 
 class Moments:

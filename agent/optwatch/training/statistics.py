@@ -21,7 +21,7 @@ from torch import Tensor
 from optwatch import kernels
 from optwatch.kernels import Place
 
-from .blocks import Block, Plan, flat, wide_dtype
+from .blocks import Plan, flat, segments, wide_dtype
 from .transfer import numbers, sent
 
 
@@ -153,12 +153,12 @@ class Reducer:
         slots = iter(partial.unbind())
         first, second = self._blocks(plan)
         for block in plan.blocks:
-            x = self._load(block, flats, first)
-            y = x if others is None else self._load(block, others, second)
+            x = block.load(flats, first)
+            y = x if others is None else block.load(others, second)
             if block.pack is None:
                 torch.dot(x, y, out=next(slots))
             else:
-                sums.index_copy_(0, block.pack.positions, _segments(x.mul_(y), "sum", block.pack.sizes))
+                sums.index_copy_(0, block.pack.positions, segments(x.mul_(y), "sum", block.pack.sizes))
         return sums.index_add_(0, plan.single_owners, partial)
 
     def changes(
@@ -181,15 +181,15 @@ class Reducer:
         slots = iter(zip(*(row.unbind() for row in partial), strict=True))
         first, second = self._blocks(plan)
         for block in plan.blocks:
-            x = self._load(block, after, first)
-            change = self._load(block, before, second).sub_(x)
+            x = block.load(after, first)
+            change = block.load(before, second).sub_(x)
             if block.pack is None:
                 slot = next(slots)
                 torch.dot(change, change, out=slot[0])
                 torch.dot(x, x, out=slot[1])
             else:
                 for sums, squares in zip(result, (change.mul_(change), x.mul_(x)), strict=True):
-                    sums.index_copy_(0, block.pack.positions, _segments(squares, "sum", block.pack.sizes))
+                    sums.index_copy_(0, block.pack.positions, segments(squares, "sum", block.pack.sizes))
         return result.index_add_(1, plan.single_owners, partial)
 
     def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor], done: Callable[[], object]) -> None:
@@ -229,7 +229,7 @@ class Reducer:
         limits = None if thresholds is None else sent(thresholds.to(self.dtype), self.device)
         first, _ = self._blocks(plan)
         for block in plan.blocks:
-            x = self._load(block, flats, first)
+            x = block.load(flats, first)
             if block.pack is None:
                 slot = next(slots)
                 torch.sum(x, dim=0, out=slot[0])
@@ -238,12 +238,12 @@ class Reducer:
                     # In place, as 1.0 and 0.0: a fifth of the time of a mask and its count.
                     torch.sum(torch.lt(x, limits[block.members[0]], out=x), dim=0, out=slot[2])
             else:
-                sums.index_copy_(0, block.pack.positions, _segments(x, "sum", block.pack.sizes))
-                largest.index_copy_(0, block.pack.positions, _segments(x, "max", block.pack.sizes))
+                sums.index_copy_(0, block.pack.positions, segments(x, "sum", block.pack.sizes))
+                largest.index_copy_(0, block.pack.positions, segments(x, "max", block.pack.sizes))
                 if limits is not None:
                     each = limits[block.pack.positions].repeat_interleave(block.pack.sizes, output_size=block.stop)
                     torch.lt(x, each, out=x)
-                    below.index_copy_(0, block.pack.positions, _segments(x, "sum", block.pack.sizes))
+                    below.index_copy_(0, block.pack.positions, segments(x, "sum", block.pack.sizes))
         sums.index_add_(0, plan.single_owners, partial[0])
         largest.scatter_reduce_(0, plan.single_owners, partial[1], "amax")
         below.index_add_(0, plan.single_owners, partial[2])
@@ -278,15 +278,6 @@ class Reducer:
             self._scratch = None
         return result
 
-    @staticmethod
-    def _load(block: Block, flats: Sequence[Tensor], scratch: Tensor) -> Tensor:
-        """The elements of `block`, widened into the scratch."""
-        view = scratch[: block.stop - block.start]
-        if block.pack is None:
-            return view.copy_(flats[block.members[0]][block.start : block.stop])
-        # Joined in their own dtype first: joining and widening in one call is ten times slower for small tensors.
-        return view.copy_(torch.cat([flats[position] for position in block.members]))
-
 
 def _answer(kernel: kernels.Kernel, waiting: Sequence[tuple[kernels.Request, Callable[[], object]]]) -> None:
     """Answer all requests by the kernel or, where it cannot read something, each on its own: a fault costs no other."""
@@ -305,8 +296,3 @@ def _answer(kernel: kernels.Kernel, waiting: Sequence[tuple[kernels.Request, Cal
 def _aligned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The pair with its elements in one order."""
     return (x, y) if x.stride() == y.stride() else (x.contiguous(), y.contiguous())
-
-
-def _segments(x: Tensor, reduce: str, sizes: Tensor) -> Tensor:
-    """Reduce consecutive segments of `x`. ``unsafe`` leaves out a check of the sizes, which would read them."""
-    return torch.segment_reduce(x, reduce, lengths=sizes, unsafe=True)
