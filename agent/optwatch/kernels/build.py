@@ -52,7 +52,8 @@ def reduce_recipe() -> Recipe:
     """The CPU's kernel: about a second."""
     flags = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
     compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
-    return Recipe(_HERE / "reduce.c", _HERE / "check_reduce.py", compilers, flags)
+    header = (_HERE / "sums.h").read_text()
+    return Recipe(_HERE / "reduce.c", _HERE / "check_reduce.py", compilers, flags, depends=(header,))
 
 
 def locate_recipe() -> Recipe:

@@ -1,4 +1,5 @@
-/* All statistics of many tensors in one pass over each, in double; and copies of them.
+/* All statistics of many tensors in one pass over each; and copies of them. Sums are in double, those of numbers of 16
+ * bits in float for a block at a time.
  *
  * The elements of all tensors, one after the other, are cut into spans of one length. Threads take spans one by one,
  * so a list of one large tensor and 2000 small ones is shared out evenly; and as the length does not depend on the
@@ -19,14 +20,18 @@ enum { LONGEST = 1 << 17, SHORTEST = 1 << 15, FEWEST = 64, BLOCK = 1 << 10 };
 /* Bytes ahead of what is read that are asked for: the processor alone asks for too little at a time, and waits. */
 enum { AHEAD = 512, LINE = 64 };
 /* Vectors are written out, since compilers make poor ones of loops over bfloat16 and float16, and none of a sum, whose
- * order they keep: VECTORS sums of WIDTH lanes run side by side. */
-enum { WIDTH = 8, VECTORS = 4, STRIDE = VECTORS * WIDTH };
+ * order they keep. STRIDE elements are read at a time. */
+enum { STRIDE = 32, WIDTH = 8, NARROW_WIDTH = 16 };
+/* Elements of 16 bits that are added up in float before they go into a double: what 32 lanes of so many lose is less
+ * than a millionth. */
+enum { NARROW_BLOCK = 1 << 12 };
 
 typedef double doubles __attribute__((vector_size(WIDTH * sizeof(double))));
 typedef int64_t mask __attribute__((vector_size(WIDTH * sizeof(int64_t))));
-typedef float floats __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef int32_t integers __attribute__((vector_size(WIDTH * sizeof(int32_t))));
-typedef uint32_t words __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
+typedef float half_floats __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef float floats __attribute__((vector_size(NARROW_WIDTH * sizeof(float))));
+typedef int32_t integers __attribute__((vector_size(NARROW_WIDTH * sizeof(int32_t))));
+typedef uint32_t words __attribute__((vector_size(NARROW_WIDTH * sizeof(uint32_t))));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -51,148 +56,76 @@ INLINE double at(const void *p, int64_t i, int dtype) {
     return (double)from_bits((subnormal & is_subnormal) | (normal & ~is_subnormal) | sign);
 }
 
-/* As `at`, of eight float16 in the lower halves of words. */
-INLINE doubles from_float16(words bits) {
+/* As `at`, of float16 in the lower halves of words. */
+INLINE floats from_float16(words bits) {
     words magnitude = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
     words normal = (magnitude << 13) + (112u << 23) + ((words)(magnitude >= 0x7c00u) & (112u << 23));
     words subnormal = (words)(__builtin_convertvector((integers)magnitude, floats) * 0x1p-24f);
     words is_subnormal = (words)(magnitude < 0x0400u);
-    return __builtin_convertvector((floats)((subnormal & is_subnormal) | (normal & ~is_subnormal) | sign), doubles);
+    return (floats)((subnormal & is_subnormal) | (normal & ~is_subnormal) | sign);
 }
 
 static const int64_t item_bytes[DTYPES] = {4, 2, 2, 8};
 
-/* STRIDE elements from i on, in an order that is the same for every tensor of the dtype: of the 16-bit numbers in words
- * the lower ones come first, the upper ones behind, which takes no shuffling. */
-INLINE void load(const void *p, int64_t i, int dtype, doubles *a) {
-    /* Also beyond the end, where it does no harm: what follows is most often the next span's. */
+/* Asks for STRIDE elements AHEAD of i. Also beyond the end, where it does no harm: what follows is most often the next
+ * span's. */
+INLINE void ask(const void *p, int64_t i, int dtype) {
     const char *ahead = (const char *)p + i * item_bytes[dtype] + AHEAD;
     for (int64_t line = 0; line < STRIDE * item_bytes[dtype]; line += LINE) __builtin_prefetch(ahead + line);
-    for (int k = 0; k < VECTORS; k++) {
+}
+
+/* STRIDE elements of 16 bits from i on: of the numbers in words the lower ones come first, the upper ones behind, which
+ * takes no shuffling. */
+INLINE void float_load(const void *p, int64_t i, int dtype, floats *a) {
+    ask(p, i, dtype);
+    words pairs;
+    memcpy(&pairs, (const uint16_t *)p + i, sizeof pairs);
+    if (dtype == BFLOAT16) {
+        a[0] = (floats)(pairs << 16);
+        a[1] = (floats)(pairs & 0xffff0000u);
+    } else {
+        a[0] = from_float16(pairs & 0xffffu);
+        a[1] = from_float16(pairs >> 16);
+    }
+}
+
+/* STRIDE elements from i on, in an order that is the same for every tensor of the dtype. */
+INLINE void double_load(const void *p, int64_t i, int dtype, doubles *a) {
+    floats both[STRIDE / NARROW_WIDTH];
+    if (dtype == BFLOAT16 || dtype == FLOAT16) float_load(p, i, dtype, both);
+    else ask(p, i, dtype);
+    for (int k = 0; k < STRIDE / WIDTH; k++) {
+        half_floats single;
         if (dtype == FLOAT64) {
             memcpy(a + k, (const double *)p + i + k * WIDTH, sizeof *a);
-        } else if (dtype == FLOAT32) {
-            floats single;
-            memcpy(&single, (const float *)p + i + k * WIDTH, sizeof single);
-            a[k] = __builtin_convertvector(single, doubles);
-        } else {
-            words pairs;
-            memcpy(&pairs, (const uint16_t *)p + i + k / 2 * 2 * WIDTH, sizeof pairs);
-            if (dtype == BFLOAT16)
-                a[k] = __builtin_convertvector((floats)(k % 2 ? pairs & 0xffff0000u : pairs << 16), doubles);
-            else a[k] = from_float16(k % 2 ? pairs >> 16 : pairs & 0xffffu);
+            continue;
         }
+        if (dtype == FLOAT32) memcpy(&single, (const float *)p + i + k * WIDTH, sizeof single);
+        else memcpy(&single, (const char *)both + k * sizeof single, sizeof single);
+        a[k] = __builtin_convertvector(single, doubles);
     }
-}
-
-INLINE double total(const doubles *sums) {
-    doubles all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    return ((all[0] + all[4]) + (all[1] + all[5])) + ((all[2] + all[6]) + (all[3] + all[7]));
-}
-
-/* out: sum of x squared. */
-INLINE void squares(const void *x, int64_t start, int64_t stop, int dtype, double *out) {
-    doubles sums[VECTORS] = {{0}}, a[VECTORS];
-    double rest = 0;
-    int64_t i = start;
-    for (; i + STRIDE <= stop; i += STRIDE) {
-        load(x, i, dtype, a);
-        for (int k = 0; k < VECTORS; k++) sums[k] += a[k] * a[k];
-    }
-    for (; i < stop; i++) {
-        double a = at(x, i, dtype);
-        rest += a * a;
-    }
-    out[0] += total(sums) + rest;
-}
-
-/* out: sums of x squared, x times y, y squared. */
-INLINE void products(const void *x, const void *y, int64_t start, int64_t stop, int dtype, double *out) {
-    doubles xx[VECTORS] = {{0}}, xy[VECTORS] = {{0}}, yy[VECTORS] = {{0}}, a[VECTORS], b[VECTORS];
-    double rest[3] = {0};
-    int64_t i = start;
-    for (; i + STRIDE <= stop; i += STRIDE) {
-        load(x, i, dtype, a);
-        load(y, i, dtype, b);
-        for (int k = 0; k < VECTORS; k++) {
-            xx[k] += a[k] * a[k];
-            xy[k] += a[k] * b[k];
-            yy[k] += b[k] * b[k];
-        }
-    }
-    for (; i < stop; i++) {
-        double a = at(x, i, dtype), b = at(y, i, dtype);
-        rest[0] += a * a;
-        rest[1] += a * b;
-        rest[2] += b * b;
-    }
-    out[0] += total(xx) + rest[0];
-    out[1] += total(xy) + rest[1];
-    out[2] += total(yy) + rest[2];
-}
-
-/* out: sums of (x minus y) squared, of x squared. */
-INLINE void changes(const void *x, const void *y, int64_t start, int64_t stop, int dtype, double *out) {
-    doubles moved[VECTORS] = {{0}}, xx[VECTORS] = {{0}}, a[VECTORS], b[VECTORS];
-    double rest[2] = {0};
-    int64_t i = start;
-    for (; i + STRIDE <= stop; i += STRIDE) {
-        load(x, i, dtype, a);
-        load(y, i, dtype, b);
-        for (int k = 0; k < VECTORS; k++) {
-            doubles change = a[k] - b[k];
-            moved[k] += change * change;
-            xx[k] += a[k] * a[k];
-        }
-    }
-    for (; i < stop; i++) {
-        double a = at(x, i, dtype), change = a - at(y, i, dtype);
-        rest[0] += change * change;
-        rest[1] += a * a;
-    }
-    out[0] += total(moved) + rest[0];
-    out[1] += total(xx) + rest[1];
-}
-
-INLINE void copy(const void *x, void *y, int64_t start, int64_t stop, int dtype) {
-    int64_t first = start * item_bytes[dtype];
-    memcpy((char *)y + first, (const char *)x + first, (size_t)((stop - start) * item_bytes[dtype]));
 }
 
 /* Of a NaN and a number the NaN. */
 INLINE double larger(double a, double b) { return a > b || a != a ? a : b; }
 
-/* out: sum, largest entry (NaN where there is one), number of entries below the threshold. */
-INLINE void nonnegative(const void *x, int64_t start, int64_t stop, int dtype, double threshold, double *out) {
-    doubles sums[VECTORS] = {{0}}, largest[VECTORS] = {{0}}, a[VECTORS];
-    mask below[VECTORS] = {{0}};
-    double rest = 0, most = 0;
-    int64_t i = start, number = 0;
-    for (; i + STRIDE <= stop; i += STRIDE) {
-        load(x, i, dtype, a);
-        for (int k = 0; k < VECTORS; k++) {
-            mask more = a[k] > largest[k];
-            sums[k] += a[k];
-            largest[k] = (doubles)((more & (mask)a[k]) | (~more & (mask)largest[k]));
-            below[k] -= (mask)(a[k] < threshold); /* true is -1 */
-        }
-    }
-    for (; i < stop; i++) {
-        double a = at(x, i, dtype);
-        rest += a;
-        most = larger(a, most);
-        number += a < threshold;
-    }
-    for (int k = 0; k < VECTORS; k++)
-        for (int j = 0; j < WIDTH; j++) {
-            most = larger(largest[k][j], most);
-            number += below[k][j];
-        }
-    double sum = total(sums) + rest;
-    /* No comparison with a NaN is true, so that the largest would not show one; the sum does. */
-    out[0] += sum;
-    out[1] = larger(sum != sum ? sum : most, out[1]);
-    out[2] += (double)number;
+#define NAME(function) double_##function
+#define NUMBER double
+#define LANES WIDTH
+#define VECTOR doubles
+#define MASK mask
+#include "sums.h"
+
+#define NAME(function) float_##function
+#define NUMBER float
+#define LANES NARROW_WIDTH
+#define VECTOR floats
+#define MASK integers
+#include "sums.h"
+
+INLINE void copy(const void *x, void *y, int64_t start, int64_t stop, int dtype) {
+    int64_t first = start * item_bytes[dtype];
+    memcpy((char *)y + first, (const char *)x + first, (size_t)((stop - start) * item_bytes[dtype]));
 }
 
 /* A list of tensors that are reduced alike, the tensors that make pairs with some of them, and where its numbers go: as
@@ -235,6 +168,44 @@ struct work {
 
 #define EACH_DTYPE(CASE) CASE(FLOAT32) CASE(BFLOAT16) CASE(FLOAT16) CASE(FLOAT64)
 
+/* Adds numbers of one part of a tensor to those of another. */
+INLINE void add(int kind, const double *part, double *out) {
+    out[0] += part[0];
+    out[1] = kind == NONNEGATIVE ? larger(part[1], out[1]) : out[1] + part[1];
+    out[2] += part[2];
+}
+
+/* Whether a sum of squares of NARROW_BLOCK numbers that was taken in float is as good as one in double: nothing has
+ * overflowed, and what was too small to be added is too small to matter. */
+INLINE int holds(double squares) { return squares >= 0x1p-90 && squares < __builtin_inf(); }
+
+/* The smallest float that is not below `x`, which is not negative or infinite: no float lies between the two. */
+INLINE float above(double x) {
+    float nearest = (float)x;
+    uint32_t bits;
+    memcpy(&bits, &nearest, sizeof bits);
+    return (double)nearest < x ? from_bits(bits + 1) : nearest;
+}
+
+/* Elements start to stop of 16 bits, in float and, where the range of a float does not do, once more in double. */
+INLINE void narrow(
+    int kind, const void *x, const void *y, int64_t start, int64_t stop, int dtype, double threshold, double *out
+) {
+    for (int64_t i = start; i < stop; i += NARROW_BLOCK) {
+        int64_t end = i + NARROW_BLOCK < stop ? i + NARROW_BLOCK : stop;
+        double part[3] = {0};
+        float_sums(kind, x, y, i, end, dtype, above(threshold), part);
+        int good = kind == NONNEGATIVE ? part[0] < __builtin_inf() : holds(part[0]);
+        if (kind == CHANGES) good = good && holds(part[1]);
+        else if (y) good = good && holds(part[2]);
+        if (!good) {
+            memset(part, 0, sizeof part);
+            double_sums(kind, x, y, i, end, dtype, threshold, part);
+        }
+        add(kind, part, out);
+    }
+}
+
 /* Elements start to stop of a tensor, or of a pair of one dtype, straight from memory. */
 static void alike(
     int kind, const void *x, const void *y, int64_t start, int64_t stop, int dtype, double threshold, double *out
@@ -242,11 +213,9 @@ static void alike(
     switch (dtype) {
 #define CASE(d) \
     case d: \
-        if (kind == NONNEGATIVE) nonnegative(x, start, stop, d, threshold, out); \
-        else if (kind == CHANGES) changes(x, y, start, stop, d, out); \
-        else if (kind == COPY) copy(x, (void *)y, start, stop, d); \
-        else if (y) products(x, y, start, stop, d, out); \
-        else squares(x, start, stop, d, out); \
+        if (kind == COPY) copy(x, (void *)y, start, stop, d); \
+        else if (d == BFLOAT16 || d == FLOAT16) narrow(kind, x, y, start, stop, d, threshold, out); \
+        else double_sums(kind, x, y, start, stop, d, threshold, out); \
         return;
         EACH_DTYPE(CASE)
 #undef CASE
@@ -315,9 +284,7 @@ static void fold(struct work *w) {
         int64_t first = begin / w->span, last = (t->end - 1) / w->span;
         for (int64_t span = first; first < last && span <= last; span++) {
             const double *part = w->parts[span][begin < span * w->span ? 0 : 1];
-            w->out[i][0] += part[0];
-            w->out[i][1] = t->kind == NONNEGATIVE ? larger(part[1], w->out[i][1]) : w->out[i][1] + part[1];
-            w->out[i][2] += part[2];
+            add(t->kind, part, w->out[i]);
         }
     }
 }
