@@ -21,10 +21,12 @@ enum { LONGEST = 1 << 17, SHORTEST = 1 << 15, FEWEST = 64, BLOCK = 1 << 10 };
 enum { AHEAD = 512, LINE = 64 };
 /* Vectors are written out, since compilers make poor ones of loops over bfloat16 and float16, and none of a sum, whose
  * order they keep. STRIDE elements are read at a time. */
-enum { STRIDE = 32, WIDTH = 8, NARROW_WIDTH = 16 };
-/* Elements of 16 bits that are added up in float before they go into a double: what 32 lanes of so many lose is less
- * than a millionth. */
-enum { NARROW_BLOCK = 1 << 12 };
+enum { STRIDE = 32, WIDTH = 8, NARROW_WIDTH = 16, WIDE = STRIDE / WIDTH };
+/* Elements of 16 bits that are added up in float, eight a lane, before they go into a double: a hundred millionth of the
+ * sum is lost. Rounding down and up do not cancel here, as an odd number's square leaves 1 when divided by 8: with 128 a
+ * lane it is twenty times as much, however many numbers there are. And elements after which it is asked whether a float
+ * has held them. */
+enum { NARROW_CHUNK = 8 * STRIDE, NARROW_BLOCK = 1 << 12 };
 
 typedef double doubles __attribute__((vector_size(WIDTH * sizeof(double))));
 typedef int64_t mask __attribute__((vector_size(WIDTH * sizeof(int64_t))));
@@ -109,7 +111,33 @@ INLINE void double_load(const void *p, int64_t i, int dtype, doubles *a) {
 /* Of a NaN and a number the NaN. */
 INLINE double larger(double a, double b) { return a > b || a != a ? a : b; }
 
+INLINE void double_widen(const doubles *some, doubles *sums) {
+    for (int k = 0; k < WIDE; k++) sums[k] += some[k];
+}
+
+INLINE void float_widen(const floats *some, doubles *sums) {
+    for (int k = 0; k < WIDE / 2; k++) {
+        floats whole = some[k];
+        half_floats halves[2];
+        memcpy(halves, &whole, sizeof whole);
+        sums[2 * k] += __builtin_convertvector(halves[0], doubles);
+        sums[2 * k + 1] += __builtin_convertvector(halves[1], doubles);
+    }
+}
+
+INLINE double total(const doubles *sums) {
+    doubles all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return ((all[0] + all[4]) + (all[1] + all[5])) + ((all[2] + all[6]) + (all[3] + all[7]));
+}
+
+/* Where the whole strides end of a chunk that begins at i. */
+INLINE int64_t chunk(int64_t i, int64_t stop, int64_t length) {
+    int64_t whole = i + (stop - i) / STRIDE * STRIDE;
+    return whole - i < length ? whole : i + length;
+}
+
 #define NAME(function) double_##function
+#define CHUNK INT64_MAX
 #define NUMBER double
 #define LANES WIDTH
 #define VECTOR doubles
@@ -117,6 +145,7 @@ INLINE double larger(double a, double b) { return a > b || a != a ? a : b; }
 #include "sums.h"
 
 #define NAME(function) float_##function
+#define CHUNK NARROW_CHUNK
 #define NUMBER float
 #define LANES NARROW_WIDTH
 #define VECTOR floats

@@ -29,9 +29,14 @@ def reducer_of(compiled: bool) -> Reducer:
     return Reducer(CPU, compiled)
 
 
-def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
+def assert_close(got: torch.Tensor, want: torch.Tensor, rtol: float = 1e-12, atol: float = 1e-9) -> None:
     # A sum of products of both signs may be near 0: its rounding is that of its terms, which are below 1e6 in sum.
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def tolerance(compiled: bool, dtype: torch.dtype) -> float:
+    """The compiled kernel adds up eight numbers of 16 bits at a time in float."""
+    return 5e-8 if compiled and dtype.itemsize == 2 else 1e-12
 
 
 @PATHS
@@ -45,17 +50,19 @@ def test_sums_of_any_mixture_of_sizes_equal_the_oracle(compiled: bool, dtype: to
     tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
     others = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
     reducer = reducer_of(compiled)
-    assert_close(reducer.square_sums(tensors), _stack([x.double().square().sum() for x in tensors]))
+    near = tolerance(compiled, dtype)
+    products = max(1e-9, near * max(sizes, default=0))
+    assert_close(reducer.square_sums(tensors), _stack([x.double().square().sum() for x in tensors]), near)
     assert torch.allclose(
         reducer.dot_products(tensors, others),
         _stack([(x.double() * y.double()).sum() for x, y in zip(tensors, others, strict=True)]),
-        rtol=1e-9,
-        atol=1e-9,
+        rtol=1e-8,
+        atol=products,
     )
     squares = [x.square() for x in tensors]
     limits = torch.full((len(sizes),), 0.25, dtype=torch.float64)
     sums, largest, below = reducer.nonnegative(squares, limits)
-    assert_close(sums, _stack([x.double().sum() for x in squares]))
+    assert_close(sums, _stack([x.double().sum() for x in squares]), near)
     assert_close(
         largest, _stack([x.double().max() if len(x) else torch.zeros((), dtype=torch.float64) for x in squares])
     )
@@ -63,13 +70,13 @@ def test_sums_of_any_mixture_of_sizes_equal_the_oracle(compiled: bool, dtype: to
     paired = [i for i in range(len(sizes)) if i % 3]
     pairs = [(tensors[i], others[i]) for i in paired]
     first, (own, dots, second) = reducer.products(tensors, paired, [y for _, y in pairs])
-    assert_close(first, reducer.square_sums(tensors))
-    assert_close(dots, _stack([_dot(x, y) for x, y in pairs]))
-    assert_close(own, _stack([_dot(x, x) for x, _ in pairs]))
-    assert_close(second, _stack([_dot(y, y) for _, y in pairs]))
+    assert_close(first, reducer.square_sums(tensors), near)
+    assert_close(dots, _stack([_dot(x, y) for x, y in pairs]), near, products)
+    assert_close(own, _stack([_dot(x, x) for x, _ in pairs]), near)
+    assert_close(second, _stack([_dot(y, y) for _, y in pairs]), near)
     moved, weights = reducer.changes(others, tensors, reducer.new_plan(sizes))
-    assert_close(weights, first)
-    assert_close(moved, _stack([_dot(change, change) for change in map(_difference, tensors, others)]))
+    assert_close(weights, first, near)
+    assert_close(moved, _stack([_dot(change, change) for change in map(_difference, tensors, others)]), near)
 
 
 @pytest.fixture
@@ -247,10 +254,13 @@ def test_a_sum_is_not_finite_exactly_where_an_element_is_not(compiled: bool, siz
 @PATHS
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tensor_of_64_million_elements_is_exact_to_1e_9(compiled: bool, dtype: torch.dtype) -> None:
+def test_a_tensor_of_64_million_elements_is_exact_to_1e_7_and_in_float32_to_1e_9(
+    compiled: bool, dtype: torch.dtype
+) -> None:
     x = torch.randn(64 * 2**20, generator=torch.Generator().manual_seed(1)).to(dtype)
     want = sum(part.double().square().sum().item() for part in x.split(2**20))
-    assert reducer_of(compiled).square_sums([x]).item() == pytest.approx(want, rel=1e-9)
+    near = max(tolerance(compiled, dtype), 1e-9)
+    assert reducer_of(compiled).square_sums([x]).item() == pytest.approx(want, rel=near)
 
 
 def test_nothing_of_the_size_of_a_parameter_is_allocated() -> None:
