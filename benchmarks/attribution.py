@@ -192,7 +192,9 @@ def layers(model: nn.Module) -> list[str]:
 
 
 def monitored(optimizer: torch.optim.Optimizer, model: nn.Module, folder: str) -> tuple[Monitor, Sink]:
-    settings = Settings(address="127.0.0.1", spool_directory=Path(folder), overhead_budget=1.0, blackbox_bytes=0)
+    settings = Settings(
+        address="127.0.0.1", spool_directory=Path(folder), sample_every=10, overhead_budget=1.0, blackbox_bytes=0
+    )
     monitor = attach(optimizer, model=model, port=0, settings=settings)
     monitor.sinks.append(sink := Sink())
     return monitor, sink

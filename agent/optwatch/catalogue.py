@@ -35,10 +35,10 @@ class Metric:
 
 
 _READ_G = "one read of the gradients, shared by all gradient statistics"
-_READ_P = "one read of the weights in sample_every steps, a part at each"
+_READ_P = "one read of the weights in each rotation, a part at a time"
 _COPY_P = "one copy and one read of the weights, on sampled steps; in four rotations where they exceed the scratch"
-_READ_M = "one read of the first moments in sample_every steps, a part at each"
-_READ_V = "one read of the second moments in sample_every steps, a part at each"
+_READ_M = "one read of the first moments in each rotation, a part at a time"
+_READ_V = "one read of the second moments in each rotation, a part at a time"
 
 EVENT_SEVERITIES = {
     "nonfinite": "critical",
@@ -478,7 +478,7 @@ METRICS: tuple[Metric, ...] = (
         "optwatch_agent_sampling_interval_steps",
         "gauge",
         "steps",
-        "Steps between two readings: more than asked for where the agent would cost more than its budget.",
+        "Steps between two readings: more where steps are short, or where the agent would cost more than its budget.",
         ("what",),
         (("weights_and_moments", "gradients"),),
         cadence="host",

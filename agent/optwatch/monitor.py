@@ -345,7 +345,7 @@ class Monitor:
         interval = max((restraint.pace.gradient_interval for restraint in restraints), default=1)
         table.set("optwatch_agent_overhead_ratio", sum(restraint.share for restraint in restraints))
         table.set(
-            "optwatch_agent_sampling_interval_steps", self._settings.sample_every * stretch, "weights_and_moments"
+            "optwatch_agent_sampling_interval_steps", self._settings.rotation_steps * stretch, "weights_and_moments"
         )
         table.set("optwatch_agent_sampling_interval_steps", interval, "gradients")
         for where, count in list(self.faults.counts.items()):

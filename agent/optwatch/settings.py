@@ -12,21 +12,26 @@ from typing import Any, Literal
 
 from .catalogue import AUDIT_RULES
 
+ROTATION_STEPS, ROTATION_SECONDS = 10, 10.0
+"""Of a rotation over weights and moments, where `Settings.sample_every` is not given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of the agent. Each can also be given as the variable ``OPTWATCH_`` + its name in capitals."""
 
-    sample_every: int = 10
+    sample_every: int | None = None
     """Steps over which weights and moments are read once: at each step a part of the parameters, in rotation, so that
-    an exported number is made of numbers at most this many steps old. Gradients and loss are read at every step."""
+    an exported number is made of numbers at most this many steps old. None: 10, and where these pass in less than about
+    ten seconds 2, 4, 8 or 16 times as many, since who scrapes every few seconds sees no more of them; not where ranks
+    add up what they hold. Gradients and loss are read at every step."""
     overhead_budget: float = 0.01
     """Share of step time that the agent may take, 1 for any. Above it weights and moments are read less often, and
     after that gradients where this brings it under the budget. Not where ranks add up what they hold: they read
     alike."""
     update_scratch_bytes: int = 32 * 2**20
     """Most bytes of copies of weights that updates are measured with, for each optimizer, on its device; 0: none.
-    Weights that do not fit are measured in turn, a part at each step, all of them in four times ``sample_every``."""
+    Weights that do not fit are measured in turn, a part at each step, all of them in four rotations."""
     max_skipped_steps: int = 50
     """Steps that a gradient scaler may skip in a row before that is an incident: no search takes as many."""
     kernel: Literal["auto", "off"] = "auto"
@@ -103,6 +108,16 @@ class Settings:
     """Rules of the configuration's audit (docs/audit.md) that are not to be run, separated by commas; ``all`` for the
     whole audit."""
 
+    @property
+    def rotation_steps(self) -> int:
+        """Steps that a rotation over weights and moments takes, unless it is stretched."""
+        return ROTATION_STEPS if self.sample_every is None else self.sample_every
+
+    @property
+    def rotation_seconds(self) -> float:
+        """Seconds that it takes at least, about; 0 where any will do."""
+        return ROTATION_SECONDS if self.sample_every is None else 0.0
+
     def __post_init__(self) -> None:
         if self.spool_directory is not None:  # a text will do, as for any path
             object.__setattr__(self, "spool_directory", Path(self.spool_directory).expanduser())
@@ -126,6 +141,7 @@ class Settings:
                 continue
             kinds: dict[str, Callable[[str], object]] = {
                 "int": int,
+                "int | None": int,
                 "float": float,
                 "bool": lambda given: {"true": True, "1": True, "false": False, "0": False}.get(given.lower(), given),
                 "Path | None": Path,
@@ -184,7 +200,7 @@ def _fault(field: Field[Any], value: Any) -> str | None:
         return "give 0, or 1024 bytes or more"
     if kind == "bool":
         return None if isinstance(value, bool) else "give True or False (in a variable: true or false)"
-    if kind == "int":
+    if kind == "int" or (kind == "int | None" and value is not None):
         least = 1 if name in _COUNTS else 0
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
         return None if fits else f"give a whole number of {least} or more"

@@ -33,8 +33,9 @@ def settings(tmp_path: Path) -> Callable[..., Settings]:
     """Settings on the loopback with a spool of the test's own, changed by keyword."""
 
     def make(**changes: Any) -> Settings:
-        # Nothing that a test sees depends on how long anything took: the agent does not judge its own cost.
-        fixed = {"address": "127.0.0.1", "spool_directory": tmp_path / "spool", "overhead_budget": 1.0}
+        # Nothing that a test sees depends on how long anything took: the agent judges neither its own cost nor steps.
+        fixed: dict[str, Any] = {"address": "127.0.0.1", "spool_directory": tmp_path / "spool"}
+        fixed |= {"overhead_budget": 1.0, "sample_every": 10}
         return Settings(**(fixed | changes))
 
     return make

@@ -98,7 +98,11 @@ def main() -> None:
     nobody.bind(("127.0.0.1", 0))
     # A budget that is never exceeded: how much is read must not depend on how busy the machine is.
     settings = Settings(
-        address="127.0.0.1", spool_directory=folder / "spool", overhead_budget=1.0, heartbeat_interval_seconds=1.0
+        address="127.0.0.1",
+        spool_directory=folder / "spool",
+        sample_every=10,
+        overhead_budget=1.0,
+        heartbeat_interval_seconds=1.0,
     )
     server = f"http://127.0.0.1:{nobody.getsockname()[1]}"
     monitor = attach(optimizer, model=model, server=server, port=0, settings=settings)

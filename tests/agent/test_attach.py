@@ -157,9 +157,9 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_importing_optwatch_imports_no_torch() -> None:
-    code = "import sys, optwatch; print('torch' in sys.modules, optwatch.Settings().sample_every)"
+    code = "import sys, optwatch; print('torch' in sys.modules, optwatch.Settings().max_layers)"
     done = run_python(code)
-    assert (done.stdout, done.stderr) == ("False 10\n", "")
+    assert (done.stdout, done.stderr) == ("False 20\n", "")
 
 
 def test_without_torch_attach_says_what_to_install() -> None:

@@ -46,7 +46,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 for step in range(25):
     if step == 2:
         before = tasks()
-        monitor = attach(optimizer, model=model, port=0, settings=Settings(address="127.0.0.1", overhead_budget=1.0))
+        monitor = attach(optimizer, model=model, port=0, settings=Settings(address="127.0.0.1", sample_every=10))
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()

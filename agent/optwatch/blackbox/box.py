@@ -62,7 +62,7 @@ class BlackBox:
     """Writes every record and event into one file of a bounded size; a sink. Safe to call from several threads.
 
     The file is made at the first record and made anew when the layers change. It is kept when the process dies or
-    `close` is told to, and else deleted. ``sample_every`` is that of the settings.
+    `close` is told to, and else deleted. ``rotation_steps`` is that of the settings.
 
     Raises:
         ValueError: `max_bytes` is less than 64 KiB.
@@ -73,7 +73,7 @@ class BlackBox:
         directory: Path,
         run: Run,
         max_bytes: int,
-        sample_every: int,
+        rotation_steps: int,
         server: str | None = None,
         on_incident: Callable[[], None] | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class BlackBox:
         """Critical events so far."""
         self.failed = False
         self._max_bytes = max_bytes
-        self._samples = STEPS // sample_every + SPARE_SAMPLES
+        self._samples = STEPS // rotation_steps + SPARE_SAMPLES
         self._on_incident = on_incident
         self._lock = threading.Lock()
         self._tracks: dict[str, _Track] = {}

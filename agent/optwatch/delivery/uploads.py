@@ -94,7 +94,7 @@ class Recorder:
             directory,
             run,
             settings.blackbox_bytes,
-            settings.sample_every,
+            settings.rotation_steps,
             server,
             self._uploads.incident if self._uploads else None,
         )

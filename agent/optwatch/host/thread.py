@@ -29,7 +29,7 @@ from optwatch.training.transfer import Arrival
 
 from .batches import BATCH_ID, BatchIds
 from .detection import Detection
-from .restraint import Pace, Restraint
+from .restraint import Change, Pace, Restraint
 from .unpack import Unpacker
 
 MAX_REPORTED = 20
@@ -175,20 +175,33 @@ class Host(threading.Thread):
             return
         restraint = self.restraints.get(row.optimizer)
         if restraint is None:
-            budget = self._settings.overhead_budget / self.optimizers
-            restraint = self.restraints[row.optimizer] = Restraint(budget)
+            settings = self._settings
+            budget = settings.overhead_budget / self.optimizers
+            restraint = Restraint(budget, settings.rotation_steps, settings.rotation_seconds)
+            self.restraints[row.optimizer] = restraint
         if change := restraint.observe(row.seconds[0] + seconds, row.seconds[1], row.duration):
-            every = self._settings.sample_every * change.pace.stretch
-            logger.log(
-                logging.WARNING if change.less else logging.INFO,
-                "optwatch: the agent took %.2f%% of step time (Settings.overhead_budget=%s): from now on weights and "
-                "moments are read over %d steps, gradients at every%s step",
-                100 * change.share,
-                self._settings.overhead_budget,
-                every,
-                {1: "", 2: " second"}.get(change.pace.gradient_interval, f" {change.pace.gradient_interval}th"),
-            )
+            self._say(change)
             self.on_pace(row.optimizer, change.pace)
+
+    def _say(self, change: Change) -> None:
+        every = self._settings.rotation_steps * change.pace.stretch
+        if not change.for_cost:
+            logger.info(
+                "optwatch: steps take %.3g s: from now on weights and moments are read over %d of them "
+                "(Settings.sample_every=None)",
+                change.step_seconds,
+                every,
+            )
+            return
+        logger.log(
+            logging.WARNING if change.less else logging.INFO,
+            "optwatch: the agent took %.2f%% of step time (Settings.overhead_budget=%s): from now on weights and "
+            "moments are read over %d steps, gradients at every%s step",
+            100 * change.share,
+            self._settings.overhead_budget,
+            every,
+            {1: "", 2: " second"}.get(change.pace.gradient_interval, f" {change.pace.gradient_interval}th"),
+        )
 
     def _hand_on(self, record: StepRecord) -> None:
         """Detectors, then sinks, then events: each on its own, so that one fault loses nothing else."""

@@ -91,10 +91,10 @@ class Readings:
         self._parameters = parameters
         self._cut = [p for p in parameters if type(p) not in PLAIN]
         self._on_device = any(found.type != "cpu" for found in devices)
-        self.schedule = Schedule(self.layout.sizes, settings.sample_every)
+        self.schedule = Schedule(self.layout.sizes, settings.rotation_steps)
         self.ring = rows.Ring(self.layout, settings.ring_rows)
         budget = settings.update_scratch_bytes if len(devices) == 1 else 0
-        spread = SPREAD * settings.sample_every
+        spread = SPREAD * settings.rotation_steps
         self.update = Update(parameters, self.reducer, budget, spread) if budget else None
         every = settings.rank_check_every
         self.checks = Checks(self.layout, parameters, every) if every and store.world() is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -96,6 +97,71 @@ def test_an_agent_over_its_budget_reads_less_and_says_so(watch: Any, caplog: pyt
     (said,) = [record.getMessage() for record in caplog.records if "overhead_budget" in record.getMessage()]
     assert "weights and moments are read over 6 steps, gradients at every step" in said
     assert not monitor.faults.counts
+
+
+def paced(restraint: Restraint, steps: int, seconds: float, cost: float = 0.0) -> list[Change]:
+    """Steps that take so long and cost that share of it."""
+    given = (restraint.observe(cost * seconds, 0.0, seconds) for _ in range(steps))
+    return [change for change in given if change]
+
+
+def test_a_rotation_that_is_too_short_is_stretched_as_soon_as_the_first_has_shown_it() -> None:
+    restraint = Restraint(0.01, rotation_steps=10, rotation_seconds=10.0)
+    assert not paced(restraint, 9, seconds=0.2, cost=0.005)
+    (change,) = paced(restraint, 1000, seconds=0.2, cost=0.005)
+    assert (change.pace, change.less, change.for_cost) == (Pace(4, 1), True, False)
+    assert change.step_seconds == pytest.approx(0.2)
+    for seconds, stretch in ((1.2, 1), (0.8, 1), (0.7, 2), (0.06, 16), (0.001, MAX_STRETCH)):
+        restraint = Restraint(0.01, rotation_steps=10, rotation_seconds=10.0)
+        paced(restraint, 10, seconds)
+        assert restraint.pace == Pace(stretch, 1)
+
+
+def test_one_that_was_asked_for_is_not() -> None:
+    assert not paced(Restraint(0.01, rotation_steps=10), 1000, seconds=0.001)
+
+
+def test_steps_that_vary_do_not_make_it_go_back_and_forth() -> None:
+    restraint = Restraint(0.01, rotation_steps=10, rotation_seconds=10.0)
+    assert [change.pace for change in paced(restraint, 10, seconds=0.7)] == [Pace(2, 1)]
+    for seconds in (0.8, 0.7, 0.99, 0.76, 0.5):
+        assert not paced(restraint, 2 * WINDOW, seconds)
+    assert [change.pace for change in paced(restraint, 2 * WINDOW, seconds=1.1)] == [Pace(1, 1)]
+    assert not paced(restraint, 2 * WINDOW, seconds=0.8)
+
+
+def test_the_cost_stretches_beyond_that_and_gives_back_no_more_than_was_taken_for_it() -> None:
+    restraint = Restraint(0.01, rotation_steps=10, rotation_seconds=10.0)
+    changes = paced(restraint, 2 * WINDOW, seconds=0.2, cost=0.011)
+    assert [(change.pace, change.for_cost) for change in changes] == [(Pace(4, 1), False), (Pace(8, 1), True)]
+    assert [(change.pace, change.for_cost) for change in paced(restraint, 4 * WINDOW, 0.2, cost=0.001)] == [
+        (Pace(4, 1), True)
+    ]
+    # What it takes for the length it gives back with it, whatever the cost.
+    changes = paced(restraint, 2 * WINDOW, seconds=2.0, cost=0.005)
+    assert [(change.pace, change.less, change.for_cost) for change in changes] == [(Pace(1, 1), False, False)]
+
+
+def test_short_steps_are_sampled_less_often_unless_it_was_asked_for(
+    watch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for asked in (None, 10):
+        parameters = [nn.Parameter(torch.ones(50)) for _ in range(20)]
+        optimizer = torch.optim.SGD(parameters, lr=1e-3)
+        monitor = watch(optimizer, sample_every=asked)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "optwatch"):
+            for _ in range(12):
+                sum(p.square().sum() for p in parameters).backward()
+                optimizer.step()
+            assert monitor.flush()
+        snapshot = monitor.snapshot()
+        steps = int(snapshot['optwatch_agent_sampling_interval_steps{what="weights_and_moments"}'])
+        assert steps > 10 if asked is None else steps == 10  # twelve steps in less than seven seconds
+        said = [message for message in caplog.messages if "are read over" in message]
+        assert [f"over {steps} of them" in message for message in said] == ([True] if asked is None else [])
+        assert 0 < snapshot["optwatch_weight_norm"] < math.sqrt(20 * 50)  # of the first rotation at the latest
+        monitor.detach()
 
 
 def test_gradients_are_read_at_the_steps_that_are_due_only(watch: Any) -> None:
