@@ -4,8 +4,9 @@
 
 One model trains all the time, and the contenders take turns in blocks of steps, in an order that is shuffled each
 round, so that whatever else the machine does falls on all alike; the agent is attached for its block and detached
-behind it. A block's first step does not count. The agent and the plain step have two blocks of ten steps a round, the
-others one of three. Two figures of each:
+behind it. A block's first step does not count, of the agent the first rotation over weights and moments: until then it
+starts threads, makes what it keeps, and does not know yet how often it is to read. Blocks of the agent and of the plain
+step count sixteen steps, the others' three. Two figures of each:
 
 - *step longer by*: its steps of a round against the plain steps of the same round, their means divided, minus one: the
   median over rounds, with the quartiles. It has everything in it, and the noise of whole steps.
@@ -38,16 +39,18 @@ from torch import nn
 from torch.nn import functional
 
 from optwatch import Settings, attach, kernels
+from optwatch.host.restraint import MAX_STRETCH
+from optwatch.settings import ROTATION_STEPS
 from optwatch.training.sampling import Schedule
 
 RESULTS = Path(__file__).with_name("results") / "overhead.md"
 TOKENS = 512
 LEAST_ROUNDS = 4
 """That count, behind one that does not: what is first allocates, imports and makes its files."""
-STEPS = 10
-"""Of a block of the agent, whose rotation over weights and moments takes as many by default, and of the plain step."""
-OFTEN = 2
-"""Such blocks in a round."""
+STEPS = MAX_STRETCH
+"""Of a block of the agent, and of the plain step: a whole number of times as many as between two readings of a part."""
+WARM_STEPS = ROTATION_STEPS + 1
+"""Of the agent that do not count: with the last of them the first rotation has shown how long steps take."""
 FEW_STEPS = 3
 """Of a block of a peer."""
 PLAIN, DEFAULT, EVERYTHING = "plain step", "optwatch, default", "optwatch, everything each step"
@@ -98,7 +101,7 @@ MODELS: dict[str, Make] = {
 class Agent(Contender):
     """The agent, kept from reading less than it was asked to."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, sample_every: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, sample_every: int | None) -> None:
         super().__init__(begin=self._attach, end=self._detach, hooked=True)
         self._model, self._optimizer = model, optimizer
         self.settings = Settings(
@@ -119,10 +122,17 @@ class Agent(Contender):
 
     def seconds(self) -> tuple[float, float]:
         """What its hooks, and what all of it, has taken since it was attached."""
-        assert self.monitor.flush(60)
-        seen = self.monitor.snapshot()
+        seen = self._seen()
         hooks = seen[f'{OVERHEAD}{{where="hook"}}']
         return hooks, hooks + seen[f'{OVERHEAD}{{where="host"}}']
+
+    def rotation(self) -> int:
+        """Steps in which it reads weights and moments once."""
+        return int(self._seen()['optwatch_agent_sampling_interval_steps{what="weights_and_moments"}'])
+
+    def _seen(self) -> dict[str, float]:
+        assert self.monitor.flush(60)
+        return self.monitor.snapshot()
 
 
 def kernel_alone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Contender:
@@ -161,6 +171,8 @@ class Figures:
     """Of the agent, likewise; of the others none."""
     bytes_read: float = 0
     """By the agent, a step."""
+    rotation: int = 0
+    """Of the agent, in steps."""
 
 
 class Training:
@@ -186,7 +198,8 @@ class Training:
     def block(self, contender: Contender, steps: int, figures: Figures | None) -> list[float]:
         """Seconds of each step of a block; its own time goes into `figures`, where it counts."""
         contender.begin()
-        self.step(contender.before_step)
+        for _ in range(WARM_STEPS if isinstance(contender, Agent) else 1):
+            self.step(contender.before_step)
         earlier = contender.seconds() if isinstance(contender, Agent) else None
         taken = [self.step(contender.before_step) for _ in range(steps)]
         if figures is not None and isinstance(contender, Agent) and earlier is not None:
@@ -210,8 +223,9 @@ def bandwidth() -> float:
     return x.nbytes / min(seconds)
 
 
-def bytes_read(training: Training, agent: Agent, steps: int) -> float:
-    """Bytes that the agent reads and writes of tensors in a step: the mean over so many."""
+def bytes_read(training: Training, agent: Agent) -> tuple[float, int]:
+    """Bytes that the agent reads and writes of tensors in a step, on average over four rotations, as updates take so
+    many; and the steps of one."""
     found = 0
 
     def counts(owner: type, name: str, size: Callable[..., int]) -> Any:
@@ -229,27 +243,27 @@ def bytes_read(training: Training, agent: Agent, steps: int) -> float:
         return sum(x.nbytes for request in requests for x in (*request.xs, *request.ys))
 
     agent.begin()
-    training.step(nothing)
+    for _ in range(WARM_STEPS):
+        training.step(nothing)
+    rotation = agent.rotation()
     with (
         counts(kernels.Kernel, "run", requested),
         counts(kernels.Kernel, "largest", lambda _, x: x.nbytes),
     ):
-        for _ in range(steps):
+        for _ in range(4 * rotation):
             training.step(nothing)
     agent.end()
-    return found / steps
+    return found / (4 * rotation), rotation
 
 
 def measure(make: Make, seconds: float) -> tuple[Training, float, dict[str, Figures]]:
     """Train for about so long: the training, seconds of a plain step, and the figures of each contender."""
     training = Training(make)
     whole = training.model, training.optimizer
-    agents = {DEFAULT: Agent(*whole, 10), EVERYTHING: Agent(*whole, 1)}
-    contenders: dict[str, Contender] = {PLAIN: Contender(), **agents}
-    often = list(contenders)
-    contenders[BYTES] = kernel_alone(*whole)
+    agents = {DEFAULT: Agent(*whole, None), EVERYTHING: Agent(*whole, 1)}
+    contenders: dict[str, Contender] = {PLAIN: Contender(), **agents, BYTES: kernel_alone(*whole)}
     contenders |= {name: peer(*whole) for name, peer in installed().items()}
-    order = [*contenders, *often * (OFTEN - 1)]
+    order = list(contenders)
     figures = {name: Figures() for name in contenders}
     plain: list[float] = []
     began, rounds = 0.0, -1
@@ -258,7 +272,8 @@ def measure(make: Make, seconds: float) -> tuple[Training, float, dict[str, Figu
         random.shuffle(order)
         for name in order:
             counted = figures[name] if rounds >= 0 else None
-            taken[name] += training.block(contenders[name], STEPS if name in often else FEW_STEPS, counted)
+            many = name in (PLAIN, *agents)
+            taken[name] += training.block(contenders[name], STEPS if many else FEW_STEPS, counted)
         if rounds < 0:
             began = time.monotonic()
         else:
@@ -267,8 +282,7 @@ def measure(make: Make, seconds: float) -> tuple[Training, float, dict[str, Figu
                 figures[name].longer.append(statistics.mean(taken[name]) / statistics.mean(taken[PLAIN]) - 1)
         rounds += 1
     for name, agent in agents.items():
-        # Updates take four rotations.
-        figures[name].bytes_read = bytes_read(training, agent, 4 * agent.settings.sample_every)
+        figures[name].bytes_read, figures[name].rotation = bytes_read(training, agent)
     return training, statistics.median(plain), figures
 
 
@@ -287,8 +301,9 @@ def table(name: str, make: Make, seconds: float) -> list[str]:
         f"Plain step {step * 1e3:.0f} ms, {rounds} rounds. Floor: gradients {100 * read:.2f}%, with a tenth "
         f"of weights and moments {130 * read:.2f}%, gradients, weights and both moments {400 * read:.2f}%.\n",
         *(
-            f"- {contender}: hooks {100 * statistics.median(each.hooks) / step:.2f}%, "
-            f"{each.bytes_read / 1e6:.0f} MB a step, which take {100 * each.bytes_read / speed / step:.2f}%."
+            f"- {contender}: hooks {100 * statistics.median(each.hooks) / step:.2f}%, {each.bytes_read / 1e6:.0f} MB a "
+            f"step, which take {100 * each.bytes_read / speed / step:.2f}%; weights and moments in {each.rotation} "
+            f"step{'s' * (each.rotation > 1)}."
             for contender, each in figures.items()
             if each.hooks
         ),

@@ -42,7 +42,10 @@ def test_each_contender_is_measured_against_the_plain_step(overhead: Any) -> Non
     assert rows[:3] == [overhead.DEFAULT, overhead.EVERYTHING, overhead.BYTES]
     assert set(rows[3:]) == set(overhead.installed())
     assert len(rows) == 8
-    assert re.search(r"- optwatch, default: hooks \d+\.\d\d%, 0 MB a step", page)
+    read = r"hooks \d+\.\d\d%, 0 MB a step, which take \d+\.\d\d%; weights and moments in"
+    rotation, *_ = re.findall(rf"- {overhead.DEFAULT}: {read} (\d+) steps\.", page)
+    assert int(rotation) > 10  # ten such steps take no ten seconds
+    assert re.search(rf"- {overhead.EVERYTHING}: {read} 1 step\.", page)
 
 
 def test_bytes_are_counted_of_all_that_is_read_and_copied(overhead: Any) -> None:
@@ -51,7 +54,7 @@ def test_bytes_are_counted_of_all_that_is_read_and_copied(overhead: Any) -> None
     agent = overhead.Agent(training.model, training.optimizer, 1)
     # Gradients, weights, both moments and the first one before the step; a copy is read and written, and read again
     # beside the weights; three outputs of four times eight numbers.
-    assert overhead.bytes_read(training, agent, 4) == 5 * size + 4 * size + 3 * 4 * 8 * 4
+    assert overhead.bytes_read(training, agent) == (5 * size + 4 * size + 3 * 4 * 8 * 4, 1)
 
 
 def test_no_figure_is_of_an_agent_that_fails(overhead: Any, monkeypatch: pytest.MonkeyPatch) -> None:

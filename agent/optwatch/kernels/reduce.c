@@ -22,10 +22,10 @@ enum { AHEAD = 512, LINE = 64 };
 /* Vectors are written out, since compilers make poor ones of loops over bfloat16 and float16, and none of a sum, whose
  * order they keep. STRIDE elements are read at a time. */
 enum { STRIDE = 32, WIDTH = 8, NARROW_WIDTH = 16, WIDE = STRIDE / WIDTH };
-/* Elements of 16 bits that are added up in float, eight a lane, before they go into a double: a hundred millionth of the
- * sum is lost. Rounding down and up do not cancel here, as an odd number's square leaves 1 when divided by 8: with 128 a
- * lane it is twenty times as much, however many numbers there are. And elements after which it is asked whether a float
- * has held them. */
+/* Elements of 16 bits that are added up in float, eight a lane, before they go into a double: a hundred millionth of
+ * the sum is lost. Rounding down and up do not cancel here, as an odd number's square leaves 1 when divided by 8: with
+ * 128 a lane it is twenty times as much, however many numbers there are. And elements after which it is asked whether a
+ * float has held them. */
 enum { NARROW_CHUNK = 8 * STRIDE, NARROW_BLOCK = 1 << 12 };
 
 typedef double doubles __attribute__((vector_size(WIDTH * sizeof(double))));

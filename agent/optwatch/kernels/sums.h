@@ -1,7 +1,7 @@
 /* The sums of reduce.c, over elements start to stop, in vectors of one type of number: reduce.c includes this for double
- * and for float, with NAME, NUMBER, LANES, VECTOR, MASK and CHUNK set; NAME(load) fills as many vectors as STRIDE elements take.
- * CHUNK elements are added up in these, then NAME(widen) adds them to sums in double. What is left behind the last
- * whole STRIDE is added up in double at once.
+ * and for float, with NAME, NUMBER, LANES, VECTOR, MASK and CHUNK set. NAME(load) fills as many vectors as STRIDE
+ * elements take, and CHUNK elements are added up in these before NAME(widen) adds them to sums in double. What is left
+ * behind the last whole STRIDE is added up in double at once.
  */
 enum { NAME(vectors) = STRIDE / LANES };
 
