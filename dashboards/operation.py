@@ -194,9 +194,9 @@ def agent() -> list[Builder[model.Panel]]:
         graph(
             804,
             "Steps between two readings",
-            "Good: 1 for gradients. For weights and moments, dashed, it is what was asked for, or 10 and up to 160 "
-            "where these take less than about ten seconds. More: reading that often would cost beyond the budget, and "
-            "spikes between two readings are not seen in these numbers.",
+            "Good: 1 for gradients; for weights and moments, dashed, what was asked for, or 10 to 160 in about fifteen "
+            "seconds. More: reading that often would cost beyond the budget, and spikes between two readings are not "
+            "seen in these numbers.",
             Query(
                 f'max by (run_id, what) (optwatch_agent_sampling_interval_steps{{{RUN}, what="gradients"}})',
                 "{{run_id}} gradients",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .catalogue import AUDIT_RULES
 
-ROTATION_STEPS, ROTATION_SECONDS = 10, 10.0
+ROTATION_STEPS, ROTATION_SECONDS = 10, 15.0
 """Of a rotation over weights and moments, where `Settings.sample_every` is not given."""
 
 
@@ -23,8 +23,8 @@ class Settings:
     sample_every: int | None = None
     """Steps over which weights and moments are read once: at each step a part of the parameters, in rotation, so that
     an exported number is made of numbers at most this many steps old. None: 10, and where these pass in less than about
-    ten seconds 2, 4, 8 or 16 times as many, since who scrapes every few seconds sees no more of them; not where ranks
-    add up what they hold. Gradients and loss are read at every step."""
+    fifteen seconds 2, 4, 8 or 16 times as many, since nobody sees more of them than is scraped; not where ranks add up
+    what they hold. Gradients and loss are read at every step."""
     overhead_budget: float = 0.01
     """Share of step time that the agent may take, 1 for any. Above it weights and moments are read less often, and
     after that gradients where this brings it under the budget. Not where ranks add up what they hold: they read

@@ -44,7 +44,7 @@ def test_each_contender_is_measured_against_the_plain_step(overhead: Any) -> Non
     assert len(rows) == 8
     read = r"hooks \d+\.\d\d%, 0 MB a step, which take \d+\.\d\d%; weights and moments in"
     rotation, *_ = re.findall(rf"- {overhead.DEFAULT}: {read} (\d+) steps\.", page)
-    assert int(rotation) > 10  # ten such steps take no ten seconds
+    assert int(rotation) > 10  # ten such steps take no fifteen seconds
     assert re.search(rf"- {overhead.EVERYTHING}: {read} 1 step\.", page)
 
 

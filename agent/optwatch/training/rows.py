@@ -96,18 +96,19 @@ class Layout:
 
     def section(self, row: Tensor, name: str) -> Tensor:
         """The part of `row` for one statistic: shape ``(n,)``, a view."""
-        start = self._start(name)
+        start = self.start(name)
         return row[start : start + len(self.names)]
 
     def places(self, row: Tensor, sections: Sequence[str], first: int, count: int) -> Tensor:
         """Some places of sections that follow one another, from the `first` on: shape ``(count,)`` for one section,
         ``(len(sections), count)`` for several, a view."""
-        start, n = self._start(sections[0]) + first, len(self.names)
+        start, n = self.start(sections[0]) + first, len(self.names)
         if len(sections) == 1:
             return row[start : start + count]
         return row.as_strided((len(sections), count), (n, 1), row.storage_offset() + start)
 
-    def _start(self, name: str) -> int:
+    def start(self, name: str) -> int:
+        """The place in a row where the section of one statistic begins."""
         return len(HEADER) + self.group_count + _PLACES[name] * len(self.names)
 
 
@@ -117,7 +118,7 @@ class Row:
 
     layout: Layout
     values: Tensor
-    """Shape ``(length,)``, float64 (float32 on MPS). On the host it may be read once `arrival` is done."""
+    """Shape ``(length,)``, float64 (float32 on MPS). On the host it may be read once it has arrived."""
     step: int
     optimizer: str
     started: float
@@ -179,7 +180,7 @@ class Row:
     ring: Ring | None = None
     """Where `values` is given back to."""
     arrival: Arrival | None = None
-    """Set when the row has been sent."""
+    """Set when the row has been sent; none of one that the host reads where it was written."""
     checked: Checked | None = None
     """What is to be compared with other ranks, where there are some."""
 
@@ -225,7 +226,8 @@ class Ring:
 
 
 def send(row: Row, written: Tensor, place: Tensor) -> None:
-    """Start the one copy of a row to the host, without waiting."""
-    used = row.layout.length if row.sampled else row.layout.front
+    """Start the one copy of a row to the host, without waiting; a row of the CPU's is there already."""
     row.values = place
-    row.arrival = Arrival(written[:used], place[:used])
+    if written is not place:
+        used = row.layout.length if row.sampled else row.layout.front
+        row.arrival = Arrival(written[:used], place[:used])
