@@ -33,8 +33,8 @@ class Unpacker:
     def unpack(self, row: Row) -> StepRecord:
         """The record of a row that has arrived. Raises nothing for any values in it, NaN and Inf included."""
         layout = row.layout
-        header = row.values[: len(HEADER)].tolist()
-        rates = layout.learning_rates(row.values).tolist()
+        header = row.values[: len(HEADER) + layout.group_count].tolist()
+        rates = header[len(HEADER) :]
         record = StepRecord(
             step=row.step,
             optimizer=row.optimizer,
@@ -114,6 +114,11 @@ def _by_layer(row: Row, positions: Tensor, values: Tensor) -> Tensor:
     return sums.index_add_(0, index if positions is row.layout.positions else index[positions], values)
 
 
+def _root(x: float) -> float:
+    """√x as torch has it: NaN of what is below 0."""
+    return math.sqrt(x) if x >= 0 else math.nan
+
+
 def _norm(squares: Tensor) -> float:
     return float(squares.sum().sqrt())
 
@@ -128,8 +133,11 @@ def _gradients(row: Row, record: StepRecord, scale: float) -> None:
         if record.skipped != "overflow":  # which is a scaler's search, no incident
             record.nonfinite.extend(_nonfinite(row, "gradient", positions, squares))
         return
-    record.grad_norm = _norm(squares)
-    record.layer_grad_norm = _by_layer(row, positions, squares).sqrt_().tolist()
+    # Behind a step each operation on a tensor takes as long as a hundred of Python's: the layers' sums tell the rest.
+    by_layer = _by_layer(row, positions, squares).tolist()
+    record.layer_grad_norm = list(map(_root, by_layer))
+    total = sum(by_layer)
+    record.grad_norm = _root(total)
     norms = squares.sqrt()
     if positions is not row.layout.positions:
         norms = torch.full((len(row.layout.names),), -math.inf, dtype=torch.float64).index_copy_(0, positions, norms)
@@ -141,7 +149,9 @@ def _gradients(row: Row, record: StepRecord, scale: float) -> None:
         record.grad_norm_before_clip = _norm(unclipped)
         # One NaN makes the clipping norm NaN and with it every clipped gradient: only those before it tell the culprit.
         positions, squares = row.layout.positions, unclipped
-    record.nonfinite.extend(_nonfinite(row, "gradient", positions, squares))
+        total = math.nan
+    if not math.isfinite(total):
+        record.nonfinite.extend(_nonfinite(row, "gradient", positions, squares))
     dots, gradients, moments = (_section(row, name) for name in ("dot", "dot_gradient", "moment_before"))
     if dots is not None and gradients is not None and moments is not None:
         norms = (gradients[1].sum() * moments[1].sum()).sqrt()
