@@ -183,6 +183,7 @@ class Training:
         self.model = make()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         kernels.prepare_addresses().join()  # each of these models has as many parameters as it takes
+        self.step(nothing)  # which makes the moments that contenders read, whose turn comes at random
 
     def step(self, before_step: Callable[[], object]) -> tuple[float, float]:
         """Seconds of a step, and of what is called before it."""
