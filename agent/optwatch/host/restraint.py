@@ -91,7 +91,8 @@ class Restraint:
             return None
         step_seconds = self._duration / self._steps
         self._stretch_for_length(step_seconds)
-        before = _, interval = self._restrained, self.pace.gradient_interval
+        interval = self.pace.gradient_interval
+        before = self._restrained, interval
         if ends:
             self.share = self._cost / self._duration
             if self._windows:  # the first allocates and compiles: what it costs says nothing
