@@ -60,8 +60,8 @@ HEADER = """# Metrics
 
 Base units are in the names. A counter ends in `_total` and exists as 0 before the first step. "Cost" is what taking the
 value costs a training step, and "when" is how often it is new: at every step, on sampled steps (in rotation over 10
-steps or about fifteen seconds, whichever is more, or over `Settings.sample_every` steps), at a change, or in the host's
-own time.
+steps, or up to 160 where these take less than about fifteen seconds, or `Settings.sample_every` steps), at a change, or
+in the host's own time.
 """
 
 AGENT = """

@@ -96,7 +96,7 @@ INLINE void double_load(const void *p, int64_t i, int dtype, doubles *a) {
     floats both[STRIDE / NARROW_WIDTH];
     if (dtype == BFLOAT16 || dtype == FLOAT16) float_load(p, i, dtype, both);
     else ask(p, i, dtype);
-    for (int k = 0; k < STRIDE / WIDTH; k++) {
+    for (int k = 0; k < WIDE; k++) {
         half_floats single;
         if (dtype == FLOAT64) {
             memcpy(a + k, (const double *)p + i + k * WIDTH, sizeof *a);
@@ -220,10 +220,11 @@ INLINE float above(double x) {
 INLINE void narrow(
     int kind, const void *x, const void *y, int64_t start, int64_t stop, int dtype, double threshold, double *out
 ) {
+    float limit = above(threshold);
     for (int64_t i = start; i < stop; i += NARROW_BLOCK) {
         int64_t end = i + NARROW_BLOCK < stop ? i + NARROW_BLOCK : stop;
         double part[3] = {0};
-        float_sums(kind, x, y, i, end, dtype, above(threshold), part);
+        float_sums(kind, x, y, i, end, dtype, limit, part);
         int good = kind == NONNEGATIVE ? part[0] < __builtin_inf() : holds(part[0]);
         if (kind == CHANGES) good = good && holds(part[1]);
         else if (y) good = good && holds(part[2]);
